@@ -1,0 +1,93 @@
+#!/bin/sh
+# The proxy from a clone, with nothing installed but Python: makes .venv, installs what is needed, starts.
+#
+#   ./run.sh [ARGUMENTS]   start the proxy; arguments go to litellm_memory_proxy.py (--help lists them)
+#   ./run.sh test [ARGS]   run test_proxy.py; ARGS go to pytest
+#   ./run.sh lint          ruff and mypy --strict
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+module=$here/litellm_memory_proxy.py
+venv=${VENV:-$here/.venv}
+py=$venv/bin/python
+stamp=$venv/.installed # the requirements that are there, one a line: a second start installs nothing
+
+say() { echo "run.sh: $*" >&2; }
+die() { say "$*"; exit 2; }
+
+# Requirements stand in the module's PEP 723 metadata and nowhere else.
+requirements() { sed -n '/^# dependencies = \[/,/^# \]/s/^#  *"\(.*\)",*$/\1/p' "$module"; }
+server_requirement() { requirements | sed -n 's/^litellm/litellm[proxy]/p'; }
+
+find_python() {
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "Python 3.10 or later is needed"
+}
+
+make_venv() {
+    "$py" -c '' 2>/dev/null && return
+    rm -rf "$venv"
+    if command -v uv >/dev/null 2>&1; then
+        uv venv --quiet --python '>=3.10' "$venv"
+    else
+        python=$(find_python)
+        "$python" -m venv "$venv" || die "$python -m venv failed; on Debian and Ubuntu: apt install python3-venv"
+    fi
+}
+
+# need WHAT REQUIREMENT...: install what is not there yet; WHAT tells the user what for, and how much it is.
+need() {
+    what=$1
+    shift
+    missing=0
+    for requirement; do grep -qxF -e "$requirement" "$stamp" 2>/dev/null || missing=1; done
+    [ $missing = 1 ] || return 0
+    say "installing $what: $*"
+    if command -v uv >/dev/null 2>&1; then
+        uv pip install --quiet --python "$py" "$@"
+    else
+        "$py" -m pip install --quiet --disable-pip-version-check "$@"
+    fi
+    for requirement; do echo "$requirement" >>"$stamp"; done
+}
+
+need_lines() { # need WHAT, with the requirements from standard input, one a line
+    what=$1
+    set --
+    while read -r line; do set -- "$@" "$line"; done
+    need "$what" "$@"
+}
+
+make_venv
+requirements | need_lines "the proxy (350 MB, about a minute)"
+
+case ${1-} in
+test)
+    shift
+    server_requirement | need_lines "LiteLLM's server, for binary mode (450 MB more)"
+    need "the tests' tools" 'pytest>=8,<10' 'openai' 'anthropic'
+    cd "$here"
+    exec "$py" -m pytest test_proxy.py "$@"
+    ;;
+lint)
+    need "the linters" 'ruff==0.17.*' 'mypy==2.4.*' 'types-PyYAML' 'pytest>=8,<10'
+    cd "$here"
+    "$py" -m ruff check litellm_memory_proxy.py test_proxy.py
+    "$py" -m ruff format --check litellm_memory_proxy.py test_proxy.py
+    exec "$py" -m mypy --strict litellm_memory_proxy.py
+    ;;
+*)
+    # Run from elsewhere, the shipped config stands in for one that is not there.
+    [ -e config.yaml ] || export CONFIG_PATH="${CONFIG_PATH:-$here/config.yaml}"
+    if "$py" -c 'import sys; sys.path.insert(0, sys.argv[1])
+import litellm_memory_proxy as proxy; sys.exit(not proxy.needs_server(sys.argv[2:]))' "$here" "$@" 2>/dev/null; then
+        server_requirement | need_lines "LiteLLM's server, for binary mode (450 MB more)"
+    fi
+    exec "$py" "$module" "$@"
+    ;;
+esac
