@@ -153,6 +153,7 @@ LITELLM_STATUS = {
     "Timeout": 504,  # LiteLLM says 408, which tells a client that its own request was slow
     "UnprocessableEntityError": 422,
     "RateLimitError": 429,
+    "RouterRateLimitError": 429,  # every deployment of the name is cooling down
     "BudgetExceededError": 429,
     "ContextWindowExceededError": 400,
     "ContentPolicyViolationError": 400,
@@ -165,8 +166,8 @@ LITELLM_STATUS = {
     "MidStreamFallbackError": 503,
     "ServiceUnavailableError": 503,
     "BadGatewayError": 502,
-    "JSONSchemaValidationError": 502,
-    "APIResponseValidationError": 502,
+    "JSONSchemaValidationError": 500,
+    "APIResponseValidationError": 500,
     "APIConnectionError": 502,
     "InternalServerError": 500,
     "APIError": 500,
@@ -251,21 +252,21 @@ def connection_status(error: BaseException | None) -> int | None:
     return None
 
 
-def provider_error(error: BaseException) -> dict[str, Any]:
-    """The provider's own error object (``message``, ``type``, ``code``, ``param``) out of a LiteLLM exception.
+def provider_error(body: bytes) -> dict[str, Any]:
+    """The error object (``message``, ``type``, ``code``, ``param``) in a provider's answer; {} where there is none.
 
-    Clients match the wording of providers' errors (Claude Code does), so it is handed on as it was; LiteLLM keeps it
-    in ``body`` (OpenAI family) or as JSON inside its own message (the others).
+    Clients match the wording of providers' errors (Claude Code does), so it is handed on as it was.
     """
-    body = getattr(error, "body", None)
-    if not isinstance(body, dict):
-        text = str(getattr(error, "message", error))
-        try:
-            body = json.JSONDecoder().raw_decode(text, text.index("{"))[0]
-        except ValueError:
-            body = {}
-    inner = body.get("error", body)
-    return inner if isinstance(inner, dict) and isinstance(inner.get("message"), str) else {}
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(document, list) and document:  # Gemini's streams wrap it once more
+        document = document[0]
+    error = document.get("error", document) if isinstance(document, dict) else {}
+    if isinstance(error, str):
+        return {"message": error}
+    return error if isinstance(error, dict) and isinstance(error.get("message"), str) else {}
 
 
 def plain_message(error: BaseException) -> str:
@@ -370,6 +371,14 @@ def load_config(path: str) -> Config:
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or has problems that are no mere warnings.
     """
+    try:
+        return parse_config(path)
+    except RecursionError:
+        raise ConfigError(path, [Problem("YAML", "an alias refers to itself")]) from None
+
+
+def parse_config(path: str) -> Config:
+    """`load_config`, but for documents without an end."""
     load_dotenv()
     document = read_yaml(path)
     problems: list[Problem] = []
@@ -1291,7 +1300,9 @@ class Bridge:
                 task.cancel()
 
         error: Exception | None = None
-        self.loop.add_reader(peer.fileno(), on_readable)
+        watched = peer.fileno() >= 0
+        if watched:
+            self.loop.add_reader(peer.fileno(), on_readable)
         try:
             await produce(channel)
         except asyncio.CancelledError:
@@ -1299,7 +1310,8 @@ class Bridge:
         except Exception as failure:
             error = failure
         finally:
-            self.loop.remove_reader(peer.fileno())  # before the end is told: then the socket may be closed
+            if watched:  # before the end is told: after it the socket may be closed
+                self.loop.remove_reader(peer.fileno())
             channel.end(error)
 
     def stop(self) -> None:
@@ -1318,14 +1330,31 @@ class Bridge:
 class Exchange:
     """What the session saw while it served one client request; of several attempts, the last.
 
-    ``sent`` counts requests to providers. ``fault`` is the exception of a connection that failed, ``status`` and
-    ``headers`` are of an answer that came.
+    ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
+    failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where it was an error.
     """
 
     sent: int = 0
+    host: str = ""
     status: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
     fault: Exception | None = None
+
+    def begin(self, host: str) -> None:
+        """A request goes out: what an earlier attempt saw is forgotten."""
+        self.sent, self.host, self.status, self.headers, self.body, self.fault = (
+            self.sent + 1,
+            host,
+            None,
+            (),
+            b"",
+            None,
+        )
+
+    def header(self, name: str) -> str:
+        """The value of a (lower-case) header of the answer, or ""."""
+        return next((value for key, value in self.headers if key.lower() == name), "")
 
 
 EXCHANGE: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -1352,7 +1381,7 @@ class Session:
     def _wrap(self, send: Callable[..., Awaitable[httpx.Response]]) -> Callable[..., Awaitable[httpx.Response]]:
         async def handle_async_request(transport: httpx.AsyncBaseTransport, request: httpx.Request) -> httpx.Response:
             exchange = EXCHANGE.get() or Exchange()
-            exchange.sent, exchange.status, exchange.headers, exchange.fault = exchange.sent + 1, None, (), None
+            exchange.begin(request.url.netloc.decode())
             self._cookies.set_cookie_header(request)
             try:
                 response = await send(transport, request)
@@ -1363,6 +1392,8 @@ class Session:
             response.request = request
             self._cookies.extract_cookies(response)
             response.headers.pop("set-cookie", None)  # the clients above keep jars of their own: one is the truth
+            if response.status_code >= 400:
+                exchange.body = await response.aread()
             return response
 
         return handle_async_request
@@ -1487,9 +1518,11 @@ class SdkBackend:
         known = set(router.get_valid_args())
         for key in settings.keys() - known:
             self._log.event("WARNING", "config", "router_settings", message=f"{key} is unknown to LiteLLM's Router")
-        arguments = {"timeout": self._config.request_seconds, **{k: v for k, v in settings.items() if k in known}}
+        arguments = {key: value for key, value in settings.items() if key in known}
+        if "request_timeout" not in self._config.section("litellm_settings"):
+            arguments.setdefault("timeout", self._config.request_seconds)  # LiteLLM's own default is 6,000 s
         made = router(
-            model_list=[m for m in self._config.document["model_list"] if m["model_name"] not in self.missing_keys],
+            model_list=self._deployments(),
             cache_responses=self._litellm.cache is not None,
             ignore_invalid_deployments=True,
             **arguments,
@@ -1500,6 +1533,26 @@ class SdkBackend:
                     f"LiteLLM {version_of('litellm')} has no Router.{endpoint.function}, needed for {path}"
                 )
         return made
+
+    def _deployments(self) -> list[dict[str, Any]]:
+        """The model_list for the Router.
+
+        A deployment that is alone under its name never cools down, unless the config says otherwise: there is no
+        other to turn to, and one 401 would stand between a user and the model (LiteLLM's own rule spares it from some
+        of its cooldowns only).
+        """
+        usable = [
+            entry for entry in self._config.document["model_list"] if entry["model_name"] not in self.missing_keys
+        ]
+        count = Counter(entry["model_name"] for entry in usable)
+        alone = {"cooldown_time": 0}
+        return [
+            {
+                **entry,
+                "litellm_params": {**(alone if count[entry["model_name"]] == 1 else {}), **entry["litellm_params"]},
+            }
+            for entry in usable
+        ]
 
     def _keys_from_environment(self) -> dict[str, tuple[str, ...]]:
         """Model names of which no deployment has a key, neither in the config nor in the environment."""
@@ -1601,21 +1654,20 @@ class SdkBackend:
         keys = self._missing_keys_of(model)
         if keys and not exchange.sent:
             return missing_key_error(model, keys)
-        status = class_status(error, LITELLM_STATUS)
-        answered = exchange.status is not None and exchange.status >= 400
-        if not answered:
-            broken = connection_status(exchange.fault or error)
-            if broken:
-                host = urlsplit(str(getattr(getattr(exchange.fault, "request", None), "url", ""))).netloc
-                what = "did not answer in time" if broken == 504 else "could not be reached"
-                return ProxyError(broken, f"the provider {host or 'of ' + model} {what}: {plain_message(error)}")
+        # A provider's own status is the truth; LiteLLM's classes blur some of them (a 403 of Anthropic's is its 500).
+        answered = exchange.status if exchange.status and exchange.status >= 400 else None
+        status = answered or class_status(error, LITELLM_STATUS)
+        broken = None if answered else connection_status(exchange.fault or error)
+        if broken:
+            what = "did not answer in time" if broken == 504 else "could not be reached, or broke off"
+            return ProxyError(broken, f"the provider {exchange.host or 'of ' + model} {what}: {plain_message(error)}")
         if status is None or (not exchange.sent and status >= 500):
             return self._unexpected(error, exchange, model)
-        if answered and status == 504 and exchange.status == 408:
-            status = 408
-        said = provider_error(error)
         headers = provider_headers(exchange)
-        text = said.get("message") or plain_message(error)
+        if not exchange.sent and hasattr(error, "cooldown_time"):
+            headers = [("Retry-After", str(int(error.cooldown_time) + 1))]
+        said = provider_error(exchange.body)
+        text = said.get("message") or provider_page(exchange) or plain_message(error)
         fields = {name: said[name] for name in ("param", "code") if isinstance(said.get(name), str)}
         kind = said.get("type") if isinstance(said.get("type"), str) else None
         return ProxyError(status, text, headers=headers, kind=kind, **fields)
@@ -1734,7 +1786,6 @@ def http_transports() -> list[type[httpx.AsyncBaseTransport]]:
 def apply_litellm_settings(litellm: Any, config: Config, log: Log) -> None:
     """``litellm_settings`` as LiteLLM's server applies them: each is an attribute of the module."""
     settings = config.section("litellm_settings")
-    litellm.request_timeout = config.request_seconds
     for key, value in settings.items():
         if key == "cache":
             litellm.cache = litellm.Cache(**settings.get("cache_params") or {}) if value else None
@@ -1803,6 +1854,13 @@ def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict
     return {**kept, "x-request-id": request.id, mappings.inject_header: route.user_id}
 
 
+def provider_page(exchange: Exchange) -> str | None:
+    """What is said of an error that came as a web page; the page itself is for browsers."""
+    if exchange.header("content-type").startswith("text/html"):
+        return f"{exchange.host} answered {exchange.status} with an HTML page"
+    return None
+
+
 def provider_headers(exchange: Exchange) -> list[tuple[str, str]]:
     """The provider's response headers that concern the client."""
     return [
@@ -1813,7 +1871,7 @@ def provider_headers(exchange: Exchange) -> list[tuple[str, str]]:
 
 
 def served_model(result: Any, model: str) -> str:
-    """The model that the client reads: the one it named, after a fallback the one that answered (as LiteLLM's server)."""
+    """The model that the client reads: the one it named, or after a fallback the one that answered."""
     hidden = result.get("_hidden_params") if isinstance(result, dict) else getattr(result, "_hidden_params", None)
     extra = (hidden or {}).get("additional_headers") or {}
     fell_back = extra.get("x-litellm-attempted-fallbacks")
@@ -2484,7 +2542,7 @@ class Application:
             "memory_router": {"status": "healthy", "pattern_count": len(mappings.patterns)},
             **self._backend.health(),
         }
-        worst = max((check["status"] for check in checks.values()), key=("healthy", "degraded", "unhealthy").index)
+        worst = max((row["status"] for row in checks.values()), key=("healthy", "degraded", "unhealthy").index)
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return json_response(
             503 if worst == "unhealthy" else 200, {"status": worst, "timestamp": now, "checks": checks}

@@ -1,0 +1,1932 @@
+"""The tests of litellm_memory_proxy, in the order of its rooms.
+
+Everything is real: the module's own processes, LiteLLM's SDK and LiteLLM's server, sockets. The providers are played
+by `Provider`, an HTTP server that answers from a script and records what it got. Nothing of ours is patched.
+
+    ./run.sh test                 all of it (about three minutes; installs LiteLLM's server the first time)
+    ./run.sh test -k routing      some of it
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+import litellm_memory_proxy as proxy
+
+HERE = Path(__file__).parent
+MODULE = HERE / "litellm_memory_proxy.py"
+PROVIDER_KEY = "sk-provider-secret-0123456789"
+ANTHROPIC_KEY = "ant-provider-secret-9876543210"
+
+# ── the provider ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Got:
+    """A request as the provider received it."""
+
+    method: str
+    path: str
+    headers: list[tuple[str, str]]
+    raw: bytes
+    gone: threading.Event = field(default_factory=threading.Event)
+
+    def header(self, name: str) -> str | None:
+        values = [value for key, value in self.headers if key.lower() == name.lower()]
+        return ", ".join(values) if values else None
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.raw)
+
+
+@dataclass
+class Reply:
+    """An answer of the provider: a whole body, or parts, each after its pause."""
+
+    body: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    parts: list[bytes] | None = None
+    pause: float = 0.0
+    hold: float = 0.0  # seconds before the head
+    cut: bool = False  # close the connection after the last part, without its end
+
+
+class Provider:
+    """Plays OpenAI's and Anthropic's APIs; ``script`` decides each answer, ``got`` records each request."""
+
+    def __init__(self) -> None:
+        self.got: list[Got] = []
+        self.script: Callable[[Got], Reply] = usual_answer
+        provider = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def serve(self) -> None:
+                got = Got(self.command, self.path, list(self.headers.items()), self.read_body())
+                provider.got.append(got)
+                try:
+                    self.send(got, provider.script(got))
+                except OSError:
+                    got.gone.set()
+                    self.close_connection = True
+
+            do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_OPTIONS = do_PATCH = serve
+
+            def read_body(self) -> bytes:
+                if self.headers.get("transfer-encoding") != "chunked":
+                    return self.rfile.read(int(self.headers.get("content-length") or 0))
+                data = b""
+                while size := int(self.rfile.readline(), 16):
+                    data += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+                return data
+
+            def send(self, got: Got, reply: Reply) -> None:
+                self.wait(got, reply.hold)
+                self.send_response(reply.status)
+                headers = {"content-type": "application/json", **reply.headers}
+                if reply.parts is None:
+                    headers.setdefault("content-length", str(len(reply.body)))
+                else:
+                    headers["transfer-encoding"] = "chunked"
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "HEAD":
+                    return
+                self.wfile.write(reply.body)
+                for part in reply.parts or ():
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+                    self.wait(got, reply.pause)
+                if reply.cut:
+                    self.close_connection = True
+                elif reply.parts is not None:
+                    self.wfile.write(b"0\r\n\r\n")
+
+            def wait(self, got: Got, seconds: float) -> None:
+                """Wait, and notice when the other side closes."""
+                deadline = time.monotonic() + seconds
+                while time.monotonic() < deadline:
+                    self.connection.settimeout(min(0.02, seconds))
+                    try:
+                        if self.connection.recv(1, socket.MSG_PEEK) == b"":
+                            raise ConnectionResetError
+                    except TimeoutError:
+                        pass
+                    finally:
+                        self.connection.settimeout(None)
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 256
+
+            def handle_error(self, *_: Any) -> None:
+                pass
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def last(self) -> Got:
+        return self.got[-1]
+
+    def wait_for(self, count: int = 1, seconds: float = 10) -> Got:
+        """The newest request, once there are this many."""
+        wait_until(lambda: len(self.got) >= count, seconds)
+        return self.got[-1]
+
+
+PROVIDER_HEADERS = {
+    "x-supermemory-conversation-id": "conv-1",
+    "x-ratelimit-remaining-requests": "99",
+    "anthropic-ratelimit-tokens-remaining": "77",
+    "set-cookie": "session=abc; Path=/",
+}
+SSE = {"content-type": "text/event-stream"}
+TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+THINKING = {"type": "thinking", "thinking": "hm", "signature": "c2lnbmF0dXJl"}
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+
+
+def sse(document: dict[str, Any], event: str | None = None) -> bytes:
+    return (f"event: {event}\n" if event else "").encode() + b"data: " + json.dumps(document).encode() + b"\n\n"
+
+
+def openai_chunk(delta: dict[str, Any], finish: str | None = None, **extra: Any) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    return sse(
+        {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice], **extra}
+    )
+
+
+def openai_stream(words: list[str]) -> list[bytes]:
+    first, *rest = words
+    return [
+        openai_chunk({"role": "assistant", "content": first}),
+        *(openai_chunk({"content": word}) for word in rest),
+        openai_chunk({}, "stop"),
+        sse({"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [], "usage": USAGE}),
+        b"data: [DONE]\n\n",
+    ]
+
+
+def anthropic_stream(words: list[str]) -> list[bytes]:
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude", "content": []}
+    message |= {"stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 3, "output_tokens": 1}}
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": message},
+        {"type": "ping"},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        *({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}} for word in words),
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 2}},
+        {"type": "message_stop"},
+    ]
+    return [sse(event, event["type"]) for event in events]
+
+
+def responses_stream(text: str) -> list[bytes]:
+    item = {"type": "message", "id": "m1", "role": "assistant", "status": "completed"}
+    item |= {"content": [{"type": "output_text", "text": text, "annotations": []}]}
+    whole = response_object([item])
+    place = {"item_id": "m1", "output_index": 0, "content_index": 0}
+    part = {"type": "output_text", "text": "", "annotations": []}
+    events: list[dict[str, Any]] = [
+        {"type": "response.created", "response": {**whole, "status": "in_progress", "output": []}},
+        {
+            "type": "response.output_item.added",
+            "output_index": 0,
+            "item": {**item, "status": "in_progress", "content": []},
+        },
+        {"type": "response.content_part.added", **place, "part": part},
+        {"type": "response.output_text.delta", **place, "delta": text},
+        {"type": "response.output_text.done", **place, "text": text},
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": "response.completed", "response": whole},
+    ]
+    return [sse({**event, "sequence_number": n}, event["type"]) for n, event in enumerate(events)]
+
+
+def response_object(output: list[Any]) -> dict[str, Any]:
+    usage = {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
+    empty = {"error": None, "incomplete_details": None, "instructions": None, "metadata": {}, "tools": []}
+    settings = {"parallel_tool_calls": True, "tool_choice": "auto", "temperature": 1, "top_p": 1}
+    head = {"id": "resp_1", "object": "response", "created_at": 1, "model": "m", "status": "completed"}
+    return {**head, "output": output, "usage": usage, **empty, **settings}
+
+
+def usual_answer(got: Got) -> Reply:
+    """What the real providers would answer, told apart by the path."""
+    if got.method != "POST" or not got.raw:
+        return Reply(json.dumps({"method": got.method, "path": got.path}).encode(), headers=PROVIDER_HEADERS)
+    body = got.body
+    stream, tools = body.get("stream"), body.get("tools")
+    if got.path.endswith("/v1/messages"):
+        if stream:
+            return Reply(parts=anthropic_stream(["hel", "lo"]), headers={**SSE, **PROVIDER_HEADERS})
+        content: list[dict[str, Any]] = [THINKING] if body.get("thinking") else []
+        use = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Oslo"}}
+        content.append(use if tools else {"type": "text", "text": "hello"})
+        answer: dict[str, Any] = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"]}
+        answer |= {"content": content, "stop_reason": "tool_use" if tools else "end_turn", "stop_sequence": None}
+        answer |= {"usage": {"input_tokens": 3, "output_tokens": 2}}
+    elif got.path.endswith("/responses"):
+        if stream:
+            return Reply(parts=responses_stream("hello"), headers={**SSE, **PROVIDER_HEADERS})
+        text = {"type": "output_text", "text": "hello", "annotations": []}
+        answer = response_object(
+            [{"type": "message", "id": "m1", "role": "assistant", "status": "completed", "content": [text]}]
+        )
+    else:
+        if stream:
+            return Reply(parts=openai_stream(["hel", "lo"]), headers={**SSE, **PROVIDER_HEADERS})
+        message: dict[str, Any] = {"role": "assistant", "content": None if tools else "hello"}
+        if tools:
+            message["tool_calls"] = [TOOL_CALL]
+        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if tools else "stop"}
+        answer = {"id": "c1", "object": "chat.completion", "created": 1, "model": body.get("model")}
+        answer |= {"choices": [choice], "usage": USAGE}
+    return Reply(json.dumps(answer).encode(), headers=PROVIDER_HEADERS)
+
+
+# ── the running proxy ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10) -> None:
+    """Return when the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """The environment without anybody's keys, proxies and settings."""
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG", "SSL_CERT_FILE") if name in os.environ
+    }
+    return {**kept, "NO_PROXY": "*", **extra}
+
+
+class Proxy:
+    """litellm_memory_proxy.py as a process of its own."""
+
+    def __init__(self, config: dict[str, Any], *arguments: str, wait: bool = True, **environment: str) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.config = Path(self.folder.name) / "config.yaml"
+        self.config.write_text(yaml.safe_dump(config, sort_keys=False))
+        command = [sys.executable, str(MODULE), "--config", str(self.config), "--port", "0", *arguments]
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=clean_environment(**environment),
+            cwd=self.folder.name,
+        )
+        self._pump = threading.Thread(target=self._read, daemon=True)
+        self._pump.start()
+        if wait:
+            self.wait_ready(1 + ("both" in arguments))
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def ready(self) -> list[str]:
+        return re.findall(r"^ready: \w+ (\S+)$", self.output, re.M)
+
+    def wait_ready(self, count: int = 1, seconds: float = 120) -> None:
+        wait_until(lambda: len(self.ready()) >= count or self.process.poll() is not None, seconds)
+        assert self.process.poll() is None, self.output
+        self.url = self.ready()[0]
+        self.port = int(self.url.rpartition(":")[2])
+        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        return self.client.post(path, json=body, **options)
+
+    def chat(self, model: str = "gpt", **options: Any) -> httpx.Response:
+        headers = options.pop("headers", {})
+        return self.post("/v1/chat/completions", {**chat_body(model), **options}, headers=headers)
+
+    def messages(self, model: str = "claude", **options: Any) -> httpx.Response:
+        headers = options.pop("headers", {})
+        return self.post("/v1/messages", {**messages_body(model), **options}, headers=headers)
+
+    def raw(self, data: bytes, seconds: float = 5) -> bytes:
+        """Send bytes on a connection of their own; what came back until the proxy closed or fell silent."""
+        with socket.create_connection(("127.0.0.1", self.port), seconds) as sock:
+            sock.sendall(data)
+            received = b""
+            with contextlib.suppress(TimeoutError, ConnectionResetError):
+                while piece := sock.recv(65536):
+                    received += piece
+            return received
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.terminate()
+        code = self.process.wait(40)
+        self._pump.join(5)
+        self.folder.cleanup()
+        return code
+
+
+def chat_body(model: str = "gpt") -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": "hello"}]}
+
+
+def messages_body(model: str = "claude") -> dict[str, Any]:
+    return {"model": model, "max_tokens": 100, "messages": [{"role": "user", "content": "hello"}]}
+
+
+def model(name: str, target: str, base: str, key: str = PROVIDER_KEY, **params: Any) -> dict[str, Any]:
+    return {"model_name": name, "litellm_params": {"model": target, "api_base": base, "api_key": key, **params}}
+
+
+def config_for(provider: Provider, *more: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """A config with an OpenAI and an Anthropic model at the provider."""
+    return {
+        "model_list": [
+            model("gpt", "openai/gpt-4o-mini", f"{provider.url}/v1", extra_headers={"x-from-config": "1"}),
+            model("claude", "anthropic/claude-sonnet-4-5", provider.url, ANTHROPIC_KEY),
+            {
+                "model_name": "demo",
+                "litellm_params": {"model": "openai/demo", "api_key": "none", "mock_response": "hi"},
+            },
+            *more,
+        ],
+        "user_id_mappings": {
+            "header_patterns": [
+                {"header": "user-agent", "pattern": "^claude-cli/", "user_id": "claude-code"},
+                {"header": "x-project", "pattern": r"^(?P<name>[\w/]+)$", "user_id": r"app-\g<name>"},
+            ]
+        },
+        "general_settings": {"forward_client_headers_to_llm_api": True},
+        **sections,
+    }
+
+
+@pytest.fixture(scope="session")
+def shared_provider() -> Provider:
+    return Provider()
+
+
+@pytest.fixture
+def provider(shared_provider: Provider) -> Iterator[Provider]:
+    shared_provider.script = usual_answer
+    shared_provider.got.clear()
+    yield shared_provider
+    shared_provider.script = usual_answer
+
+
+@pytest.fixture(scope="session")
+def sdk(shared_provider: Provider) -> Iterator[Proxy]:
+    """One sdk-mode process for the tests that need nothing special."""
+    refused = f"http://127.0.0.1:{free_port()}/v1"
+    models = (
+        model("refused", "openai/gpt-4o-mini", refused),
+        model("nowhere", "openai/gpt-4o-mini", "http://host.invalid/v1"),
+        model("slow", "openai/gpt-4o-mini", f"{shared_provider.url}/v1", timeout=1),
+        model("twice", "openai/gpt-one", f"{shared_provider.url}/v1"),
+        model("twice", "openai/gpt-two", f"{shared_provider.url}/v1"),
+        model("anthropic/*", "anthropic/*", shared_provider.url, ANTHROPIC_KEY),
+        model("shaky", "openai/gpt-shaky", f"{shared_provider.url}/v1"),
+        model("half", "openai/gpt-4o-mini", f"{shared_provider.url}/v1", "os.environ/UNSET_KEY"),
+        model("half", "openai/gpt-4o-mini", f"{shared_provider.url}/v1"),
+        model("keyless", "openai/gpt-4o-mini", f"{shared_provider.url}/v1", "os.environ/UNSET_KEY"),
+        {"model_name": "implicit", "litellm_params": {"model": "groq/llama-3"}},
+    )
+    settings = {"fallbacks": [{"shaky": ["claude"]}], "num_retries": 0}
+    running = Proxy(config_for(shared_provider, *models, router_settings=settings))
+    yield running
+    assert running.stop() == 0
+    assert "Unclosed" not in running.output
+    assert "Traceback" not in running.output
+    assert PROVIDER_KEY not in running.output
+
+
+@pytest.fixture(scope="session")
+def binary(shared_provider: Provider) -> Iterator[Proxy]:
+    """One binary-mode process in front of a real LiteLLM server that it started."""
+    running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-port", str(free_port()))
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def forward(shared_provider: Provider) -> Iterator[Proxy]:
+    """One binary-mode process in front of the scripted provider: what is forwarded arrives there as it is."""
+    running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", shared_provider.url)
+    yield running
+    assert running.stop() == 0
+    assert "Traceback" not in running.output
+
+
+def events_of(response: httpx.Response) -> list[tuple[str | None, str]]:
+    """The (event, data) pairs of a stream."""
+    found = []
+    for block in response.text.strip().split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.split("\n") if ": " in line)
+        found.append((lines.get("event"), lines.get("data", "")))
+    return found
+
+
+# ── the module's shape ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_room_uses_only_rooms_above_it() -> None:
+    source = MODULE.read_text()
+    heads = [source[: match.start()].count("\n") + 1 for match in re.finditer(r"^# ── ", source, re.M)]
+    room = lambda line: sum(head <= line for head in heads)  # noqa: E731
+    tree = ast.parse(source)
+    defined = {node.name: room(node.lineno) for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+    def runtime_names(node: ast.AST) -> Iterator[ast.Name]:
+        for name, child in ast.iter_fields(node):
+            if name in ("annotation", "returns"):
+                continue
+            for item in child if isinstance(child, list) else [child]:
+                if isinstance(item, ast.Name):
+                    yield item
+                if isinstance(item, ast.AST):
+                    yield from runtime_names(item)
+
+    upward = {(name.id, name.lineno) for name in runtime_names(tree) if defined.get(name.id, 0) > room(name.lineno)}
+    assert not upward
+    assert len(heads) == 13
+
+
+def test_litellm_and_httpx_are_imported_only_where_they_are_used() -> None:
+    code = "import sys, litellm_memory_proxy; print([m for m in ('litellm', 'httpx', 'asyncio') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
+
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_litellm_exception_keeps_its_status() -> None:
+    import litellm
+
+    differs = {"Timeout": 504, "APIConnectionError": 502}  # on purpose: see LITELLM_STATUS
+    seen = set()
+    for name, kind in vars(litellm.exceptions).items():
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind.__module__ == "litellm.exceptions":
+            status = proxy.class_status(kind.__new__(kind), proxy.LITELLM_STATUS)
+            if name in proxy.LITELLM_STATUS:
+                seen.add(name)
+                with contextlib.suppress(TypeError):
+                    made = kind(message="m", model="m", llm_provider="p")
+                    assert status == differs.get(name, made.status_code), name
+    assert seen >= {"AuthenticationError", "RateLimitError", "BadRequestError", "ContextWindowExceededError", "Timeout"}
+
+
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [
+        ("/v1/messages", "anthropic"),
+        ("/messages", "anthropic"),
+        ("/v1/messages/count_tokens", "anthropic"),
+        ("/v1/chat/completions", "openai"),
+        ("/v1/messagesx", "openai"),
+        ("/nowhere", "openai"),
+    ],
+)
+def test_errors_have_the_dialect_of_the_path(path: str, dialect: str) -> None:
+    assert proxy.dialect_of(path) == dialect
+    body = proxy.ProxyError(429, "slow down").body(dialect)
+    assert body["error"]["type"] == "rate_limit_error" and body["error"]["message"] == "slow down"
+    assert (body.get("type") == "error") == (dialect == "anthropic")
+
+
+def test_a_broken_connection_is_found_in_the_chain_of_causes() -> None:
+    try:
+        try:
+            raise httpx.ConnectTimeout("slow")
+        except httpx.ConnectTimeout as error:
+            raise RuntimeError("wrapped") from error
+    except RuntimeError as error:
+        assert proxy.connection_status(error) == 504
+    assert proxy.connection_status(ConnectionRefusedError()) == 502
+    assert proxy.connection_status(ValueError()) is None
+
+
+# ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_config(folder: Path, document: Any) -> str:
+    path = folder / "config.yaml"
+    path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    return str(path)
+
+
+def test_environment_references_are_resolved_at_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEP_KEY", "deep-secret-value")
+    monkeypatch.delenv("FROM_CONFIG", raising=False)
+    document = {
+        "environment_variables": {"FROM_CONFIG": "os.environ/DEEP_KEY"},
+        "model_list": [model("a", "openai/a", "http://h", "os.environ/DEEP_KEY", extra_headers={"x-api-key": "os.environ/FROM_CONFIG"})],
+    }  # fmt: skip
+    config = proxy.load_config(write_config(tmp_path, document))
+    params = config.document["model_list"][0]["litellm_params"]
+    assert params["api_key"] == params["extra_headers"]["x-api-key"] == "deep-secret-value"
+    assert "deep-secret-value" in config.secrets
+    monkeypatch.delenv("FROM_CONFIG")
+
+
+def test_every_problem_is_reported_at_once_with_its_key_path(tmp_path: Path) -> None:
+    document = {
+        "model_list": [{"model_name": ""}, {"model_name": "a", "litellm_params": {"model": 7}}, "x"],
+        "user_id_mappings": {
+            "header_patterns": [
+                {"header": "user-agent", "pattern": "(", "user_id": "a"},
+                {"header": "user-agent", "pattern": "a", "user_id": "not an id"},
+                {"header": "user-agent", "pattern": "a", "user_id": r"\g<nope>"},
+                {"header": "user agent", "pattern": "a", "user_id": "a", "colour": "red"},
+                "x",
+            ],
+            "default_user_id": "",
+            "inject_header": "bad header",
+            "injekt": 1,
+        },
+        "litellm_settings": [],
+    }
+    with pytest.raises(proxy.ConfigError) as caught:
+        proxy.load_config(write_config(tmp_path, document))
+    found = {problem.where for problem in caught.value.problems}
+    patterns = "user_id_mappings.header_patterns"
+    assert found >= {
+        "model_list[0].model_name",
+        "model_list[1].litellm_params.model",
+        "model_list[2]",
+        f"{patterns}[0].pattern",
+        f"{patterns}[1].user_id",
+        f"{patterns}[2].user_id",
+        f"{patterns}[3].header",
+        f"{patterns}[3].colour",
+        f"{patterns}[4]",
+        "user_id_mappings.default_user_id",
+        "user_id_mappings.inject_header",
+        "user_id_mappings.injekt",
+        "litellm_settings",
+    } - {"litellm_settings"}
+
+
+@pytest.mark.parametrize("text", ["", "[", "a: b", "- 1", "model_list: []", "model_list: {}", "\x00", "a: &x [*x]"])
+def test_an_unusable_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    command = [sys.executable, str(MODULE), "--config", write_config(tmp_path, text)]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_included_files_are_merged(tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"model_list": [model("b", "openai/b", "http://h")]}))
+    document = {"include": ["more.yaml"], "model_list": [model("a", "openai/a", "http://h")]}
+    assert proxy.load_config(write_config(tmp_path, document)).model_names == ("a", "b")
+
+
+def test_the_check_command_says_what_is_right_and_what_is_wrong(tmp_path: Path) -> None:
+    good = write_config(tmp_path, {"model_list": [model("a", "openai/a", "http://h", "os.environ/UNSET_KEY")]})
+    command = [sys.executable, str(MODULE), "check", "--config", good]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
+    assert result.returncode == 0
+    assert "model a: no key, set UNSET_KEY" in result.stdout
+    assert "warning: general_settings.forward_client_headers_to_llm_api" in result.stdout
+    Path(good).write_text("model_list: [{}, {}]")
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
+    assert result.returncode == 1
+    assert "error: model_list[0].model_name" in result.stdout and "error: model_list[1].model_name" in result.stdout
+
+
+# ── memory routing ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mappings_of(*patterns: tuple[str, str, str], **more: Any) -> proxy.Mappings:
+    entries = [{"header": header, "pattern": pattern, "user_id": user_id} for header, pattern, user_id in patterns]
+    problems: list[proxy.Problem] = []
+    mappings = proxy.check_mappings({"header_patterns": entries, **more}, problems)
+    assert not problems
+    return mappings
+
+
+def routed(mappings: proxy.Mappings, *fields: tuple[str, str]) -> str:
+    return proxy.route_memory(proxy.Headers(fields), mappings).user_id
+
+
+def test_routing_takes_the_custom_header_then_the_first_pattern_then_the_default() -> None:
+    mappings = mappings_of(("user-agent", "^b", "second"), ("user-agent", "b", "third"), default_user_id="d")
+    assert routed(mappings, ("User-Agent", "Bob"), ("X-Memory-User-Id", "me")) == "me"
+    assert routed(mappings, ("USER-AGENT", "Bob")) == "second"
+    assert routed(mappings, ("user-agent", "a b")) == "third"
+    assert routed(mappings, ("user-agent", "none"), ("x-memory-user-id", "")) == "d"
+    assert routed(mappings) == "d"
+
+
+def test_routing_looks_at_every_header_of_a_name() -> None:
+    mappings = mappings_of(("x-a", "^yes$", "found"))
+    assert routed(mappings, ("x-a", "no"), ("X-A", "yes")) == "found"
+
+
+def test_routing_uses_groups_and_skips_what_gives_an_invalid_id() -> None:
+    mappings = mappings_of(("x-project", r"^(?P<name>.*)$", r"app-\g<name>"), ("x-project", "a", "second"))
+    assert routed(mappings, ("x-project", "web")) == "app-web"
+    route = proxy.route_memory(proxy.Headers([("x-project", "a b")]), mappings)
+    assert route.user_id == "second" and route.invalid[0][1] == "app-a b"
+
+
+@pytest.mark.parametrize("value", ["a b", "a/b", "ü", "a" * 129, "a\tb", "a,b"])
+def test_routing_refuses_a_custom_header_that_is_no_memory_id(value: str) -> None:
+    with pytest.raises(proxy.ProxyError) as caught:
+        routed(proxy.Mappings(), ("x-memory-user-id", value))
+    assert caught.value.status == 400
+
+
+def test_routing_refuses_a_custom_header_given_twice_and_takes_null_for_off() -> None:
+    twice = (("x-memory-user-id", "a"), ("X-Memory-User-Id", "a"))
+    with pytest.raises(proxy.ProxyError):
+        routed(proxy.Mappings(), *twice)
+    assert routed(mappings_of(custom_header=None), *twice) == "default-dev"
+    assert routed(proxy.Mappings(), ("x-memory-user-id", "A.b_c:d@e-9")) == "A.b_c:d@e-9"
+
+
+REAL_CLIENTS = [  # what the clients send, as recorded on the wire
+    ("OpenAIClientImpl/Java unknown", "pycharm-ai"),
+    ("OpenAIClientAsyncImpl/Java unknown", "pycharm-ai"),
+    ("claude-cli/2.1.197 (external, sdk-cli)", "claude-code"),
+    ("claude-cli/2.1.197 (external, cli)", "claude-code"),
+    ("GitHubCopilotChat/0.30.1", "vscode"),
+    ("codex_exec/0.169.0 (Debian 12.0.0; x86_64) dumb (codex_exec; 0.169.0)", "codex"),
+    ("codex_cli_rs/0.169.0 (Mac OS 15.0; arm64)", "codex"),
+    ("opencode/1.18.33 ai-sdk/provider-utils/4.0.23 runtime/bun/1.3.14", "opencode"),
+    ("QwenCode/0.15.10 (linux; x64)", "qwen-code"),
+    ("OpenAI/Python 3.54.0", "sdk-OpenAI-Python"),
+    ("AsyncOpenAI/Python 1.109.1", "sdk-OpenAI-Python"),
+    ("Anthropic/Python 2.12.0", "sdk-Anthropic-Python"),
+    ("AsyncAnthropic/Python 0.75.0", "sdk-Anthropic-Python"),
+    ("OpenAI/JS 6.49.0", "sdk-OpenAI-JS"),
+    ("Anthropic/JS 1.12.0", "sdk-Anthropic-JS"),
+    ("pydantic-ai/2.68.0", "pydantic-ai"),
+    ("ai/6.0.326 ai-sdk/provider-utils/4.0.64 runtime/node.js/v20.20.2", "ai-sdk"),
+    ("ai-sdk/anthropic/3.0.139 ai-sdk/provider-utils/4.0.64 runtime/node.js/v20.20.2", "ai-sdk"),
+    ("curl/8.5.0", "default-dev"),
+    ("Bun/1.4.0", "default-dev"),
+]
+
+
+@pytest.mark.parametrize(("agent", "user_id"), REAL_CLIENTS)
+def test_the_shipped_patterns_recognise_real_clients(agent: str, user_id: str) -> None:
+    mappings = proxy.load_config(str(HERE / "config.yaml")).mappings
+    assert routed(mappings, ("User-Agent", agent)) == user_id
+
+
+# ── logs and metrics ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the key deep-secret-value is wrong",
+        "Authorization: Bearer abcdefgh12345",
+        "bearer  abcdefgh12345",
+        "Incorrect API key: sk-abcdefgh12345",
+        '{"x-api-key": "abcdefgh12345"}',
+        "x-supermemory-api-key=abcdefgh12345",
+        "api_key='abcdefgh12345'",
+    ],
+)
+def test_secrets_are_redacted_by_value_and_by_shape(text: str) -> None:
+    redacted = proxy.Redactor(["deep-secret-value"])(text)
+    assert "abcdefgh12345" not in redacted and "deep-secret-value" not in redacted and proxy.REDACTED in redacted
+
+
+def test_a_log_line_cannot_be_forged(tmp_path: Path) -> None:
+    for as_json in (True, False):
+        with (tmp_path / "log").open("w+") as stream:
+            log = proxy.Log(stream, as_json=as_json, redact=proxy.Redactor())
+            log.event("INFO", "request", "answered", path='/a\r\n{"level": "forged"}\x1b[31m\u2028')
+            stream.seek(0)
+            text = stream.read()
+        assert text.count("\n") == 1 and "\r" not in text and "\x1b" not in text and "\u2028" not in text
+
+
+def test_metrics_count_by_memory_and_bound_their_labels() -> None:
+    metrics = proxy.Metrics()
+    for number in range(proxy.MAX_LABELS + 50):
+        metrics.begin()
+        metrics.end(f"user-{number}", "sdk", 200)
+    rows = metrics.snapshot()["requests"]
+    assert len(rows) == proxy.MAX_LABELS + 1
+    assert [row["count"] for row in rows if row["user_id"] == "other"] == [50]
+    assert 'memory_proxy_requests_total{user_id="other",backend="sdk",status="2xx"} 50' in metrics.prometheus()
+
+
+# ── wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MALFORMED_HEADS = {
+    b"GET / HTTP/1.1\r\nHost: a\r\nX : b": 400,  # a space before the colon
+    b"GET / HTTP/1.1\r\nHost: a\r\n folded": 400,
+    b"GET / HTTP/1.1\r\nHost: a\r\nX: a\rb": 400,
+    b"GET / HTTP/1.1\r\nHost: a\r\nX: a\x00b": 400,
+    b"GET / HTTP/1.1\r\nHost: a\r\nX: a\x7f": 400,
+    b"GET / HTTP/1.1\r\nHost: a\r\n: b": 400,
+    b"GET / HTTP/1.1\r\nHost: a\r\nnocolon": 400,
+    b"GET / HTTP/1.1\r\nHost: a\r\nHost: b": 400,
+    b"GET / HTTP/1.1\r\nX: a": 400,
+    b"GET  / HTTP/1.1\r\nHost: a": 400,
+    b"GET /": 400,
+    b"GET / HTTP/1.1 \r\nHost: a": 400,
+    b"G\xc3T / HTTP/1.1\r\nHost: a": 400,
+    b"GET a HTTP/1.1\r\nHost: a": 400,
+    b"PRI * HTTP/2.0": 505,
+    b"CONNECT a:443 HTTP/1.1\r\nHost: a": 405,
+    b"GET / HTTP/1.1\r\nHost: a\r\n" + b"\r\n".join(b"X: a" for _ in range(201)): 431,
+}
+
+
+@pytest.mark.parametrize(("head", "status"), MALFORMED_HEADS.items())
+def test_malformed_heads_are_refused(head: bytes, status: int) -> None:
+    with pytest.raises(proxy.ProxyError) as caught:
+        proxy.parse_request(head)
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "Content-Length: 1\r\nTransfer-Encoding: chunked",
+        "Content-Length: 1\r\nContent-Length: 2",
+        "Content-Length: 1\r\nContent-Length: 1",
+        "Content-Length: 1, 1",
+        "Content-Length: +1",
+        "Content-Length: -1",
+        "Content-Length: 0x1",
+        "Content-Length: ١",
+        "Content-Length:",
+        "Transfer-Encoding: gzip, chunked",
+        "Transfer-Encoding: identity",
+        "Transfer-Encoding: chunked, chunked",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+        "Transfer-Encoding:",
+    ],
+)
+def test_ambiguous_framing_is_refused(lines: str) -> None:
+    headers = proxy.Headers.parse(lines.split("\r\n"))
+    with pytest.raises(proxy.ProxyError) as caught:
+        proxy.request_framing(headers, 1)
+    assert caught.value.status == 400
+
+
+def reader_of(*pieces: bytes) -> proxy.Reader:
+    waiting = list(pieces)
+    return proxy.Reader(lambda: waiting.pop(0) if waiting else b"")
+
+
+def test_a_reader_takes_heads_and_bodies_in_any_pieces() -> None:
+    data = b"\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n5;ext=1\r\nhello\r\n1\r\n!\r\n0\r\nTrailer: x\r\n\r\nGET"
+    for size in (1, 2, 3, 7, 1000):
+        reader = reader_of(*(data[i : i + size] for i in range(0, len(data), size)))
+        assert reader.head() == b"GET / HTTP/1.1\r\nHost: a"
+        assert b"".join(reader.body(proxy.CHUNKED)) == b"hello!"
+        assert reader.some(10)[:1] == b"G"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"5\r\nhel",
+        b"x\r\n",
+        b"5\r\nhelloX\r\n",
+        b"-1\r\n",
+        b"5 5\r\nhello\r\n",
+        b"5\nhello\r\n",
+        b"",
+        b"0\r\n",
+        b"1" * 20,
+    ],
+)
+def test_a_broken_chunked_body_is_refused(data: bytes) -> None:
+    with pytest.raises(proxy.ProxyError):
+        list(reader_of(data).body(proxy.CHUNKED))
+
+
+def test_headers_keep_order_case_and_duplicates() -> None:
+    headers = proxy.Headers([("X-B", "1"), ("x-a", "2"), ("X-b", "3"), ("Connection", "x-a"), ("TE", "trailers")])
+    assert headers.values("x-b") == ["1", "3"] and headers.get("x-b") == "1, 3"
+    assert list(headers.end_to_end()) == [("X-B", "1"), ("X-b", "3")]
+
+
+# ── asyncio bridge ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class NoPeer:
+    """A client that is always there, and has no socket."""
+
+    def fileno(self) -> int:
+        return -1
+
+    def state(self) -> str:
+        return "quiet"
+
+    def interim(self, status: int, headers: proxy.Headers) -> None:
+        raise AssertionError
+
+
+class SocketPeer(NoPeer):
+    def __init__(self, sock: socket.socket) -> None:
+        self._peer = proxy.ClientPeer(sock)
+        self.fileno, self.state = self._peer.fileno, self._peer.state  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def bridge() -> Iterator[proxy.Bridge]:
+    problems: list[str] = []
+    running = proxy.Bridge(problems.append)
+    running.start()
+    yield running
+    running.stop()
+    assert not problems
+
+
+def test_the_bridge_holds_back_a_stream_whose_reader_is_slow(bridge: proxy.Bridge) -> None:
+    sent = 0
+
+    async def produce(channel: proxy.Channel) -> None:
+        nonlocal sent
+        for _ in range(1000):
+            await channel.put(b"x" * 10_000)
+            sent += 10_000
+
+    call = bridge.call(produce, NoPeer())
+    wait_until(lambda: sent >= proxy.STREAM_HIGH_BYTES - 10_000)
+    time.sleep(0.1)
+    assert sent <= proxy.STREAM_HIGH_BYTES + 10_000
+    assert sum(len(data) for data in call) == 10_000_000
+
+
+def test_the_bridge_hands_over_what_was_raised(bridge: proxy.Bridge) -> None:
+    async def produce(channel: proxy.Channel) -> None:
+        await channel.put(b"one")
+        raise KeyError("two")
+
+    call = bridge.call(produce, NoPeer())
+    assert call.first() == b"one"
+    with pytest.raises(KeyError):
+        next(call)
+
+
+@pytest.mark.parametrize("leave", ["close", "reset"])
+def test_the_bridge_cancels_a_call_whose_client_has_gone(bridge: proxy.Bridge, leave: str) -> None:
+    cancelled = threading.Event()
+
+    async def produce(channel: proxy.Channel) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+
+    ours, theirs = socket.socketpair() if leave == "close" else tcp_pair()
+    with ours:
+        call = bridge.call(produce, SocketPeer(ours))
+        if leave == "reset":
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        theirs.close()
+        with pytest.raises(proxy.ClientGone):
+            call.first()
+    assert cancelled.is_set()
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        return server.accept()[0], theirs
+
+
+def test_closing_a_call_cancels_it_and_waits_for_its_end(bridge: proxy.Bridge) -> None:
+    ended = False
+
+    async def produce(channel: proxy.Channel) -> None:
+        nonlocal ended
+        try:
+            while True:
+                await channel.put(b"x" * 1000)
+        finally:
+            await asyncio.sleep(0.05)
+            ended = True
+
+    call = bridge.call(produce, NoPeer())
+    next(call)
+    call.close()
+    assert ended
+
+
+# ── session and sdk backend ──────────────────────────────────────────────────────────────────────────────────────
+
+DIALECTS = [("/v1/chat/completions", "gpt"), ("/v1/chat/completions", "claude"), ("/v1/messages", "claude"), ("/v1/messages", "gpt")]  # fmt: skip
+
+
+def body_for(path: str, name: str, **more: Any) -> dict[str, Any]:
+    return {**(messages_body(name) if path.endswith("messages") else chat_body(name)), **more}
+
+
+def text_of(path: str, answer: dict[str, Any]) -> str:
+    if path.endswith("messages"):
+        return "".join(block.get("text", "") for block in answer["content"])
+    return str(answer["choices"][0]["message"]["content"])
+
+
+@pytest.mark.parametrize("prefix", ["/v1", ""])
+@pytest.mark.parametrize(("path", "name"), DIALECTS)
+def test_both_dialects_reach_both_providers(sdk: Proxy, provider: Provider, path: str, name: str, prefix: str) -> None:
+    response = sdk.post(path.replace("/v1", prefix), body_for(path, name))
+    assert response.status_code == 200 and response.headers["content-type"] == "application/json", response.text
+    answer = response.json()
+    assert text_of(path, answer) == "hello" and answer["model"] == name
+    usage = answer["usage"]
+    assert (usage.get("prompt_tokens", usage.get("input_tokens")), len(provider.got)) == (3, 1)
+    assert "_hidden_params" not in answer
+
+
+@pytest.mark.parametrize(("path", "name"), DIALECTS)
+def test_both_dialects_stream_from_both_providers(sdk: Proxy, provider: Provider, path: str, name: str) -> None:
+    response = sdk.post(path, body_for(path, name, stream=True))
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache" and response.headers["x-accel-buffering"] == "no"
+    events = events_of(response)
+    if path.endswith("messages"):
+        kinds = [event for event, _ in events if event != "ping"]
+        assert kinds[0] == "message_start" and kinds[-2:] == ["message_delta", "message_stop"]
+        said = "".join(
+            json.loads(data)["delta"].get("text", "") for kind, data in events if kind == "content_block_delta"
+        )
+        assert json.loads(events[-2][1])["usage"]["output_tokens"] == 2
+    else:
+        assert events[-1] == (None, "[DONE]")
+        chunks = [json.loads(data) for _, data in events[:-1]]
+        assert {chunk["model"] for chunk in chunks} == {name}
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+        said = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert said == "hello"
+
+
+@pytest.mark.parametrize(("path", "name"), DIALECTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_memory_header_reaches_the_provider(
+    sdk: Proxy, provider: Provider, path: str, name: str, stream: bool
+) -> None:
+    for headers, user_id in (
+        ({"user-agent": "claude-cli/2.1 (external, cli)"}, "claude-code"),
+        ({"x-memory-user-id": "mine", "user-agent": "claude-cli/2.1"}, "mine"),
+        ({"user-agent": "claude-cli/2.1", "x-sm-user-id": "somebody-else"}, "claude-code"),
+        ({"x-project": "web"}, "app-web"),
+        ({"x-project": "a/b"}, "default-dev"),
+        ({}, "default-dev"),
+    ):
+        assert sdk.post(path, body_for(path, name, stream=stream), headers=headers).status_code == 200
+        assert provider.last.header("x-sm-user-id") == user_id
+        assert provider.last.header("x-memory-user-id") is None
+
+
+def test_an_unusable_custom_header_is_not_forwarded(sdk: Proxy, provider: Provider) -> None:
+    for headers in ([("x-memory-user-id", "a b")], [("x-memory-user-id", "a"), ("X-Memory-User-Id", "b")]):
+        response = sdk.client.post("/v1/messages", json=messages_body(), headers=headers)
+        assert response.status_code == 400 and response.json()["type"] == "error"
+    assert not provider.got
+
+
+def test_a_pattern_that_gives_an_invalid_id_is_logged_once(sdk: Proxy, provider: Provider) -> None:
+    for _ in range(3):
+        sdk.chat(headers={"x-project": "x/y"})
+    assert sum("no memory id" in line for line in sdk.lines) == 1
+
+
+def test_what_a_client_sends_reaches_an_openai_provider(sdk: Proxy, provider: Provider) -> None:
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
+    history = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    headers = {
+        "authorization": "Bearer client-key",
+        "x-api-key": "client-key",
+        "X-Trace": "t1",
+        "x-stainless-lang": "js",
+    }
+    response = sdk.chat(
+        temperature=0.3, max_tokens=50, tools=[tool], messages=history, user="u1", seed=7, headers=headers
+    )
+    assert response.json()["choices"][0]["message"]["tool_calls"][0]["function"] == TOOL_CALL["function"]
+    assert response.json()["choices"][0]["finish_reason"] == "tool_calls"
+    body = provider.last.body
+    assert (body["temperature"], body["max_tokens"], body["user"], body["seed"]) == (0.3, 50, "u1", 7)
+    assert body["tools"] == [tool] and body["model"] == "gpt-4o-mini"
+    assert body["messages"][1]["tool_calls"] == [TOOL_CALL] and body["messages"][2]["content"] == "sunny"
+    assert provider.last.header("x-trace") == "t1" and provider.last.header("x-from-config") == "1"
+    assert provider.last.header("authorization") == f"Bearer {PROVIDER_KEY}"
+    assert "client-key" not in str(provider.last.headers) and provider.last.header("x-stainless-lang") == "python"
+
+
+def test_what_a_client_sends_reaches_an_anthropic_provider(sdk: Proxy, provider: Provider) -> None:
+    history = [
+        {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]},
+        {"role": "assistant", "content": [THINKING, {"type": "text", "text": "b"}]},
+        {"role": "user", "content": "c"},
+    ]
+    fields = {
+        "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "metadata": {"user_id": '{"device_id": "d", "session_id": "s"}'},
+        "temperature": 1,
+        "max_tokens": 3000,
+    }
+    beta = "claude-code-20250219,interleaved-thinking-2025-05-14"
+    response = sdk.messages(
+        messages=history, **fields, headers={"anthropic-beta": beta, "x-claude-code-session-id": "s1"}
+    )
+    assert response.json()["content"][0] == THINKING
+    body = provider.last.body
+    assert body["messages"] == history
+    assert {name: body[name] for name in fields} == fields
+    assert set(beta.split(",")) <= set(str(provider.last.header("anthropic-beta")).split(","))
+    assert (
+        provider.last.header("x-api-key") == ANTHROPIC_KEY and provider.last.header("x-claude-code-session-id") == "s1"
+    )
+    assert provider.last.header("authorization") is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "name"), DIALECTS)
+def test_what_the_provider_says_in_headers_comes_back(
+    sdk: Proxy, provider: Provider, path: str, name: str, stream: bool
+) -> None:
+    response = sdk.post(path, body_for(path, name, stream=stream), headers={"x-request-id": "my-id"})
+    assert response.headers["x-supermemory-conversation-id"] == "conv-1"
+    assert response.headers["x-ratelimit-remaining-requests"] == "99"
+    assert response.headers["anthropic-ratelimit-tokens-remaining"] == "77"
+    assert response.headers["x-request-id"] == "my-id" == provider.last.header("x-request-id")
+    assert "set-cookie" not in response.headers
+
+
+def test_each_chunk_leaves_as_soon_as_it_arrives(sdk: Proxy, provider: Provider) -> None:
+    for path, name in DIALECTS[:3:2]:
+        parts = (openai_stream if name == "gpt" else anthropic_stream)(["one ", "two ", "three "])
+        provider.script = lambda got, parts=parts: Reply(parts=parts, headers=SSE, pause=0.3)
+        times = []
+        with sdk.client.stream("POST", path, json=body_for(path, name, stream=True)) as response:
+            for text in response.iter_text():
+                times += [time.monotonic()] * sum(word in text for word in ("one", "two", "three"))
+        assert len(times) == 3 and times[1] - times[0] > 0.15 and times[2] - times[1] > 0.15
+
+
+@pytest.mark.parametrize(("path", "name"), DIALECTS)
+def test_an_error_in_mid_stream_becomes_an_error_event(sdk: Proxy, provider: Provider, path: str, name: str) -> None:
+    def cut(got: Got) -> Reply:
+        parts = usual_answer(got).parts or []
+        return Reply(parts=parts[: len(parts) // 2 + 1], headers=SSE, cut=True)
+
+    provider.script = cut
+    if name == "gpt":
+        provider.script = lambda got: Reply(parts=[*(usual_answer(got).parts or [])[:4], b'data: {"error": {"message": "overloaded", "type": "server_error", "code": 500}}\n\n'] if "chat" in got.path else [*responses_stream("x")[:4]], headers=SSE, cut=True)  # fmt: skip
+    response = sdk.post(path, body_for(path, name, stream=True))
+    event, data = events_of(response)[-1]
+    error = json.loads(data)["error"]
+    assert response.status_code == 200 and error["message"]
+    assert (event == "error") == path.endswith("messages")
+
+
+STATUSES = [400, 401, 403, 404, 422, 429, 500, 502, 503]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "name"), DIALECTS)
+@pytest.mark.parametrize("status", STATUSES)
+def test_a_providers_error_keeps_status_message_and_retry_after(
+    sdk: Proxy, provider: Provider, path: str, name: str, status: int, stream: bool
+) -> None:
+    said = {"message": f"said the provider about {PROVIDER_KEY}", "type": "some_error", "code": "some_code"}
+    body = json.dumps({"error": said} if name == "gpt" else {"type": "error", "error": said}).encode()
+    provider.script = lambda _got: Reply(body, status, {"retry-after": "17", "x-supermemory-error": "none"})
+    response = sdk.post(path, body_for(path, name, stream=stream))
+    assert response.status_code == status, response.text
+    assert response.headers["retry-after"] == "17" and response.headers["x-supermemory-error"] == "none"
+    document = response.json()
+    assert (document.get("type") == "error") == path.endswith("messages")
+    assert document["error"]["message"].startswith("said the provider about")
+    assert PROVIDER_KEY not in response.text and len(provider.got) == 1
+
+
+BAD_BODIES = {
+    b"{": 400,
+    b"": 400,
+    b"[]": 400,
+    b"null": 400,
+    b'"text"': 400,
+    b"\xff\xfe": 400,
+    b"{}": 400,
+    b'{"model": ""}': 400,
+    b'{"model": 7}': 400,
+    b'{"model": "gpt"}': 400,
+    b'{"model": "gpt", "messages": "x"}': 400,
+    b'{"model": "gpt", "messages": ["x"], "max_tokens": 5}': 400,
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "stream": "yes"}': 400,
+    b'{"model": "unknown", "messages": [{"role": "user", "content": "x"}], "max_tokens": 5}': 400,
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "api_base": "http://evil"}': 400,
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "extra_headers": {"x-sm-user-id": "evil"}}': 400,
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "extra_body": {"api_key": "x"}}': 400,
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "metadata": "x"}': 400,
+    b"[" * 100_000: 400,
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("body", BAD_BODIES, ids=lambda body: repr(body[:60]))
+def test_bad_bodies_get_a_clear_400_without_a_call(sdk: Proxy, provider: Provider, path: str, body: bytes) -> None:
+    response = sdk.client.post(path, content=body)
+    assert response.status_code == BAD_BODIES[body], response.text
+    document = response.json()
+    assert (document.get("type") == "error") == path.endswith("messages")
+    assert document["error"]["type"] == "invalid_request_error" and document["error"]["message"]
+    assert not provider.got
+
+
+def test_wrong_methods_and_unknown_paths(sdk: Proxy) -> None:
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        response = sdk.client.get(path)
+        assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert sdk.client.delete("/v1/models").headers["allow"] == "GET, HEAD"
+    assert sdk.client.post("/health").status_code == 405
+    response = sdk.client.get("/v1/nowhere")
+    assert response.status_code == 404 and "binary mode" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize(("name", "status"), [("refused", 502), ("nowhere", 502), ("slow", 504)])
+def test_connections_that_fail_are_502_or_504(
+    sdk: Proxy, provider: Provider, name: str, status: int, path: str, stream: bool
+) -> None:
+    provider.script = lambda _got: Reply(b"{}", hold=3)
+    response = sdk.post(path, body_for(path, name, stream=stream))
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize(("name", "variable"), [("keyless", "UNSET_KEY"), ("implicit", "GROQ_API_KEY")])
+def test_a_model_without_its_key_is_a_401_that_names_the_variable(
+    sdk: Proxy, provider: Provider, path: str, name: str, variable: str
+) -> None:
+    response = sdk.post(path, body_for(path, name))
+    assert response.status_code == 401 and variable in response.json()["error"]["message"]
+    assert not provider.got
+    assert any(name in line and variable in line for line in sdk.lines)
+    assert sdk.chat("half").status_code == 200  # another deployment of its name has one
+
+
+def test_several_deployments_wildcards_and_fallbacks(sdk: Proxy, provider: Provider) -> None:
+    for _ in range(30):
+        assert sdk.chat("twice").status_code == 200
+    assert {got.body["model"] for got in provider.got} == {"gpt-one", "gpt-two"}
+    assert sdk.chat("anthropic/claude-opus-4-1").json()["model"] == "anthropic/claude-opus-4-1"
+    assert provider.last.body["model"] == "claude-opus-4-1"
+
+    provider.script = lambda got: usual_answer(got) if "claude" in got.body["model"] else Reply(b"{}", 500)
+    answer = sdk.chat("shaky")
+    assert answer.status_code == 200 and provider.last.body["model"] == "claude-sonnet-4-5"
+
+
+def test_models_are_listed(sdk: Proxy) -> None:
+    document = sdk.client.get("/v1/models").json()
+    names = [row["id"] for row in document["data"]]
+    assert document["object"] == "list" and {"gpt", "claude", "demo", "keyless"} <= set(names)
+    assert any(name.startswith("anthropic/claude") for name in names) and "anthropic/*" not in names
+    assert sdk.client.get("/v1/models/gpt").json()["object"] == "model"
+    assert sdk.client.get(f"/models/{names[-1].replace('/', '%2F')}").status_code == 200
+    assert sdk.client.get("/v1/models/nope").json()["error"]["code"] == "model_not_found"
+    assert sdk.client.head("/v1/models").content == b""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_the_demo_model_needs_no_provider(sdk: Proxy, provider: Provider, path: str, stream: bool) -> None:
+    response = sdk.post(path, body_for(path, "demo", stream=stream))
+    assert response.status_code == 200 and "hi" in response.text and not provider.got
+    if stream:
+        assert events_of(response)[-1][0 if path.endswith("messages") else 1] in ("message_stop", "[DONE]")
+
+
+HANG_UPS = [
+    (path, name, kind) for path, name in DIALECTS for kind in ("whole", "before the first token", "in mid-stream")
+]
+
+
+@pytest.mark.parametrize(("path", "name", "kind"), HANG_UPS)
+def test_a_client_that_leaves_cancels_the_call(sdk: Proxy, provider: Provider, path: str, name: str, kind: str) -> None:
+    check_hang_up(sdk, provider, path, body_for(path, name, stream=kind != "whole"), kind)
+
+
+def check_hang_up(running: Proxy, provider: Provider, path: str, body: dict[str, Any], kind: str) -> None:
+    """A client leaves, and the provider sees its connection close within two seconds."""
+    if kind == "in mid-stream":
+        provider.script = lambda got: Reply(parts=(usual_answer(got).parts or [])[:4] * 50, headers=SSE, pause=0.1)
+    else:
+        provider.script = lambda _got: Reply(b"{}", hold=30)
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", running.port), 10) as sock:
+        sock.sendall(head.encode() + data)
+        got = provider.wait_for()
+        if kind == "in mid-stream":
+            assert b" 200 " in sock.recv(100)
+        else:
+            time.sleep(0.1)
+    assert got.gone.wait(2), "the provider was not told that the client left"
+
+
+def test_a_slow_client_holds_back_the_stream_and_not_the_memory(sdk: Proxy, provider: Provider) -> None:
+    check_slow_client(sdk, provider, "/v1/messages", body_for("/v1/messages", "claude", stream=True))
+
+
+def check_slow_client(running: Proxy, provider: Provider, path: str, body: dict[str, Any]) -> None:
+    """The provider has 100 MB to send; a client that does not read keeps it waiting."""
+    sent = 0
+    part = anthropic_stream(["x" * 100_000])[3]
+
+    def parts() -> Iterator[bytes]:
+        nonlocal sent
+        yield from anthropic_stream(["hel"])[:4]
+        for _ in range(1000):
+            yield part
+            sent += len(part)
+
+    provider.script = lambda _got: Reply(parts=parts(), headers=SSE)  # type: ignore[arg-type]
+    before = resident_bytes(running)
+    with running.client.stream("POST", path, json=body) as response:
+        next(response.iter_raw())
+        wait_until(lambda: sent > 0)
+        settled = -1
+        while settled != sent:
+            settled = sent
+            time.sleep(0.5)
+        assert sent < 30_000_000
+        assert resident_bytes(running) - before < 40_000_000
+
+
+def resident_bytes(running: Proxy) -> int:
+    status = Path(f"/proc/{running.process.pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found
+    return int(found[1]) * 1024
+
+
+# ── binary backend ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_forwarded_is_what_was_sent(forward: Proxy, provider: Provider) -> None:
+    body = b'{"model":  "gpt", "unicode": "\xc3\xbc"}'
+    head = (
+        b"POST /some//path/%%2F?a=1&&b=%%20 HTTP/1.1\r\nHost: proxy.test\r\nX-B: 1\r\nx-a: two\r\nX-b:3\r\n"
+        b"Authorization: Bearer client\r\nX-Sm-User-Id: evil\r\nx-memory-user-id: mine\r\nKeep-Alive: 5\r\n"
+        b"Connection: close, x-hop\r\nx-hop: 1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        % len(body)
+    )
+    answer = forward.raw(head + body)
+    got = provider.last
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n") and (got.method, got.path) == (
+        "POST",
+        "/some//path/%2F?a=1&&b=%20",
+    )
+    assert got.raw == body
+    assert got.headers == [
+        ("Host", f"127.0.0.1:{provider.port}"),
+        ("X-B", "1"),
+        ("x-a", "two"),
+        ("X-b", "3"),
+        ("Authorization", "Bearer client"),
+        ("Content-Type", "application/json"),
+        ("Content-Length", str(len(body))),
+        ("x-sm-user-id", "mine"),
+        ("x-request-id", str(got.header("x-request-id"))),
+    ]
+    assert b"x-supermemory-conversation-id: conv-1" in answer and b"set-cookie: session=abc" in answer
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_every_method_and_path_is_forwarded(forward: Proxy, provider: Provider, method: str) -> None:
+    assert forward.client.request(method, "/health/readiness?x=1").status_code == 200
+    assert (provider.last.method, provider.last.path) == (method, "/health/readiness?x=1")
+
+
+def test_a_head_answer_keeps_its_length_and_has_no_body(forward: Proxy, provider: Provider) -> None:
+    answer = forward.raw(b"HEAD /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    length = len(usual_answer(Got("HEAD", "/x", [], b"")).body)
+    assert f"content-length: {length}".encode() in answer and answer.endswith(b"\r\n\r\n")
+
+
+def test_chunked_bodies_are_forwarded_as_chunked(forward: Proxy, provider: Provider) -> None:
+    for content_type in ("application/json", "multipart/form-data; boundary=b"):
+        data = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\nContent-Type: %b\r\n\r\n"
+        provider.script = lambda _got: Reply(b"{}")
+        assert b" 200 " in forward.raw(data % content_type.encode() + b"3\r\n[1,\r\n2\r\n2]\r\n0\r\n\r\n")
+        assert provider.last.raw == b"[1,2]" and provider.last.header("transfer-encoding") == "chunked"
+
+
+def test_compressed_answers_come_back_as_they_are(forward: Proxy, provider: Provider) -> None:
+    import gzip
+
+    packed = gzip.compress(b'{"a": 1}')
+    provider.script = lambda _got: Reply(packed, headers={"content-encoding": "gzip"})
+    answer = forward.raw(b"GET /x HTTP/1.1\r\nHost: a\r\nAccept-Encoding: gzip, br\r\nConnection: close\r\n\r\n")
+    assert answer.endswith(b"\r\n\r\n" + packed) and provider.last.header("accept-encoding") == "gzip, br"
+
+
+def test_streams_are_not_buffered(forward: Proxy, provider: Provider) -> None:
+    provider.script = lambda _got: Reply(parts=[b"one", b"two", b"three"], headers=SSE, pause=0.3)
+    with forward.client.stream("GET", "/stream") as response:
+        times = [time.monotonic() for _ in response.iter_raw()]
+    assert len(times) == 3 and times[1] - times[0] > 0.15
+
+
+class ScriptedServer:
+    """An upstream by the byte: ``script`` gets each connection, and its number from 0."""
+
+    def __init__(self, script: Callable[[socket.socket, int], None]) -> None:
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        self.count = 0
+        self._script = script
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self.server.accept()[0]
+                threading.Thread(target=self._serve, args=(sock, self.count), daemon=True).start()
+                self.count += 1
+
+    def _serve(self, sock: socket.socket, number: int) -> None:
+        with sock, contextlib.suppress(OSError):
+            self._script(sock, number)
+
+
+@contextlib.contextmanager
+def in_front_of(
+    script: Callable[[socket.socket, int], None], **sections: Any
+) -> Iterator[tuple[Proxy, ScriptedServer]]:
+    upstream = ScriptedServer(script)
+    config = {"model_list": [model("gpt", "openai/x", "http://h")], **sections}
+    running = Proxy(config, "--mode", "binary", "--litellm-url", upstream.url)
+    try:
+        yield running, upstream
+    finally:
+        upstream.server.close()
+        assert running.stop() == 0
+        assert "Traceback" not in running.output
+
+
+def read_head(sock: socket.socket) -> bytes:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = sock.recv(65536)
+        if not piece:
+            break
+        data += piece
+    return data
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def test_a_stale_connection_is_replaced_without_the_client_noticing() -> None:
+    def script(sock: socket.socket, number: int) -> None:
+        read_head(sock)
+        sock.sendall(OK)
+        if number == 0:  # closed right after its answer: found readable when it is taken again
+            return
+        if number == 1:  # closed on the second request: found out by the missing answer
+            read_head(sock)
+            return
+        while read_head(sock):
+            sock.sendall(OK)
+
+    with in_front_of(script) as (running, upstream):
+        for count in (1, 2, 3, 3):
+            assert running.client.get("/x").text == "ok"
+            time.sleep(0.1)
+            assert upstream.count == count
+
+
+def test_connections_to_the_server_are_pooled(forward: Proxy) -> None:
+    def script(sock: socket.socket, _number: int) -> None:
+        while read_head(sock):
+            time.sleep(0.005)
+            sock.sendall(OK)
+
+    with in_front_of(script) as (running, upstream):
+        for _ in range(50):
+            assert running.client.get("/x").text == "ok"
+        assert upstream.count == 1
+        with ThreadPoolExecutor(20) as pool:
+            assert {r.text for r in pool.map(lambda _: running.client.get("/x"), range(200))} == {"ok"}
+        assert upstream.count <= 20
+
+
+def test_expect_100_continue_is_passed_on_both_ways() -> None:
+    def script(sock: socket.socket, _number: int) -> None:
+        head = read_head(sock)
+        if b"/refuse" in head:
+            sock.sendall(b"HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n")
+            return
+        sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        assert sock.recv(100) == b"hello"
+        sock.sendall(OK)
+
+    with in_front_of(script) as (running, _):
+        for path, expected in (("/take", [b" 100 ", b" 200 "]), ("/refuse", [b" 417 "])):
+            with socket.create_connection(("127.0.0.1", running.port), 5) as sock:
+                sock.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Type: multipart/form-data\r\nContent-Length: 5\r\n\r\n".encode())  # fmt: skip
+                assert expected[0] in read_head(sock)
+                if len(expected) > 1:
+                    sock.sendall(b"hello")
+                    assert expected[1] in read_head(sock)
+
+
+def test_a_websocket_flows_both_ways_after_its_101() -> None:
+    def script(sock: socket.socket, _number: int) -> None:
+        head = read_head(sock).lower()
+        assert b"connection: upgrade" in head and b"upgrade: websocket" in head and b"sec-websocket-key: k" in head
+        sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nfirst")
+        while data := sock.recv(100):
+            sock.sendall(data.upper())
+
+    with in_front_of(script) as (running, _), socket.create_connection(("127.0.0.1", running.port), 5) as sock:
+        sock.sendall(
+            b"GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: k\r\n\r\n"
+        )
+        assert read_head(sock).startswith(b"HTTP/1.1 101 ")
+        for word in (b"hello", b"again"):
+            sock.sendall(word)
+            received = b""
+            while word.upper() not in received:
+                received += sock.recv(100)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"", 502),
+        (b"HTTP/1.1 2\r\n\r\n", 502),
+        (b"HTTP/1.1 200 OK\r\nBad : x\r\n\r\n", 502),
+        (b"garbage\r\n\r\n", 502),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", 502),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", 204),
+        (b"HTTP/1.0 200 OK\r\n\r\nuntil the end", 200),
+        (b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n" + OK, 200),
+    ],
+)
+def test_whatever_the_server_answers_is_an_answer(answer: bytes, status: int) -> None:
+    def script(sock: socket.socket, _number: int) -> None:
+        read_head(sock)
+        sock.sendall(answer)
+
+    with in_front_of(script) as (running, _):
+        received = running.raw(b"GET /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        statuses = [int(found) for found in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
+        assert statuses[-1] == status
+        if status == 502:
+            assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+        if b"until" in answer:
+            assert b"until the end" in received
+
+
+def test_a_silent_server_is_a_504() -> None:
+    settings = {"request_timeout": 1, "num_retries": 0}
+    with in_front_of(lambda sock, _n: time.sleep(20), litellm_settings=settings) as (running, _):
+        response = running.client.post("/v1/messages", json={})
+        assert response.status_code == 504 and response.json()["type"] == "error"
+
+
+def test_an_answer_that_breaks_off_is_not_passed_off_as_whole() -> None:
+    def script(sock: socket.socket, _number: int) -> None:
+        path = read_head(sock).split()[1]
+        if path == b"/chunked":
+            sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        else:
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")
+
+    with in_front_of(script) as (running, _):
+        for path in ("/chunked", "/length"):
+            with pytest.raises(httpx.RemoteProtocolError):
+                running.client.get(path)
+
+
+def test_while_the_server_is_down_clients_are_told_to_come_back() -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    running = Proxy({"model_list": [model("a", "openai/a", "http://h")]}, "--mode", "binary", "--litellm-url", nobody)
+    for path, key in (("/v1/chat/completions", "error"), ("/v1/messages", "type")):
+        response = running.client.post(path, json={})
+        assert response.status_code == 503 and int(response.headers["retry-after"]) > 0 and key in response.json()
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize("kind", ["whole", "before the first token", "in mid-stream"])
+def test_a_client_that_leaves_ends_the_forwarded_call(forward: Proxy, provider: Provider, kind: str) -> None:
+    check_hang_up(forward, provider, "/v1/chat/completions", {**chat_body(), "stream": True}, kind)
+
+
+def test_a_slow_client_holds_back_the_forwarded_stream(forward: Proxy, provider: Provider) -> None:
+    check_slow_client(forward, provider, "/v1/messages", {**messages_body(), "stream": True})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"extra_headers": {"x-sm-user-id": "evil"}},
+        {"provider_specific_header": {"custom_llm_provider": "openai", "extra_headers": {"x-sm-user-id": "evil"}}},
+        {"fallbacks": [{"model": "gpt", "extra_headers": {"x-sm-user-id": "evil"}}]},
+    ],
+)
+def test_a_body_cannot_replace_the_memory_header(forward: Proxy, provider: Provider, body: dict[str, Any]) -> None:
+    plain = json.dumps({**chat_body(), **body})
+    escaped = plain.replace("extra_headers", "extra\\u005fheaders")
+    for text in (plain, escaped):
+        for content_type in ("application/json", "text/plain"):
+            response = forward.client.post("/v1/chat/completions", content=text, headers={"content-type": content_type})
+            assert response.status_code == 400
+    assert not provider.got
+    talk = {**chat_body(), "messages": [{"role": "user", "content": "what are extra_headers?"}]}
+    assert forward.client.post("/v1/chat/completions", json=talk).status_code == 200
+
+
+def test_binary_mode_reaches_the_provider_through_a_real_litellm_server(binary: Proxy, provider: Provider) -> None:
+    for path, name in DIALECTS:
+        for stream in (False, True):
+            headers = {
+                "user-agent": "claude-cli/2.1",
+                "x-sm-user-id": "evil",
+                "anthropic-beta": "context-1m-2025-08-07",
+            }
+            response = binary.post(path, body_for(path, name, stream=stream), headers=headers)
+            assert response.status_code == 200, response.text
+            assert provider.last.header("x-sm-user-id") == "claude-code"
+            if stream:
+                assert events_of(response)[-1][0 if path.endswith("messages") else 1] in ("message_stop", "[DONE]")
+    assert binary.client.get("/v1/models").json()["data"]
+    assert any("waiting for the LiteLLM server" in line for line in binary.lines)
+
+
+def server_pid(running: Proxy) -> int:
+    """The process id of the LiteLLM server under a running proxy."""
+    found = subprocess.run(["pgrep", "-P", str(running.process.pid)], capture_output=True, text=True)
+    return int(found.stdout.split()[0])
+
+
+def test_a_litellm_server_that_dies_is_started_again(binary: Proxy, provider: Provider) -> None:
+    os.kill(server_pid(binary), signal.SIGKILL)
+    wait_until(lambda: binary.chat().status_code == 503)
+    response = binary.messages()
+    assert int(response.headers["retry-after"]) > 0 and response.json()["type"] == "error"
+    assert binary.client.get("/health").status_code == 503
+    wait_until(lambda: binary.chat().status_code == 200, 90)
+    assert binary.client.get("/health").json()["checks"]["litellm_server"]["status"] == "healthy"
+
+
+def test_no_litellm_server_outlives_a_killed_proxy(shared_provider: Provider) -> None:
+    port = str(free_port())
+    running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-port", port)
+    child = server_pid(running)
+    assert not refuses_connections(port)
+    running.process.kill()
+    running.process.wait()
+    wait_until(lambda: refuses_connections(port), 5)
+    wait_until(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text(), 5)
+
+
+def refuses_connections(port: int | str) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", int(port)), 1).close()
+    except OSError:
+        return True
+    return False
+
+
+# ── application ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_own_endpoints_answer(sdk: Proxy, forward: Proxy) -> None:
+    for running in (sdk, forward):
+        health = running.client.get("/health").json()
+        assert health["status"] == "healthy" and health["timestamp"].endswith("Z")
+        assert health["checks"]["configuration"]["model_count"] >= 3
+        assert health["checks"]["memory_router"] == {"status": "healthy", "pattern_count": 2}
+        assert "cookie_count" in health["checks"]["session_manager"]
+        info = running.client.get("/memory-routing/info", headers={"user-agent": "claude-cli/1"}).json()
+        assert info["user_id"] == "claude-code" and info["matched_pattern"]["header"] == "user-agent"
+        assert (info["is_default"], info["custom_header_present"]) == (False, False)
+        info = running.client.get("/memory-routing/info", headers={"x-memory-user-id": "me"}).json()
+        assert info == {"user_id": "me", "matched_pattern": None, "custom_header_present": True, "is_default": False}
+        assert running.client.get("/memory-routing/info").json()["is_default"]
+        assert running.client.get("/memory-routing/stats").json()["requests"] is not None
+        assert "memory_proxy_in_flight 1" in running.client.get("/metrics").text
+
+
+def test_the_master_key_is_asked_for(shared_provider: Provider) -> None:
+    key = "a-master-key-0123456789"
+    general = {"master_key": "os.environ/MASTER", "forward_client_headers_to_llm_api": True}
+    running = Proxy(config_for(shared_provider, general_settings=general), MASTER=key)
+    accepted = (
+        {"authorization": f"Bearer {key}"},
+        {"Authorization": f"bearer {key}"},
+        {"x-api-key": key},
+        {"api-key": key},
+    )
+    for headers in accepted:
+        assert running.chat("demo", headers=headers).status_code == 200
+    refused = ({}, {"authorization": f"Bearer {key}x"}, {"authorization": key}, {"x-api-key": "ü"}, {"x-api-key": ""})
+    for headers in refused:
+        encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+        response = running.client.post("/v1/messages", json=messages_body("demo"), headers=encoded)
+        assert response.status_code == 401 and response.json()["error"]["type"] == "authentication_error"
+    assert running.client.get("/v1/models").status_code == 401
+    assert running.client.get("/health").status_code == 200 and running.client.get("/metrics").status_code == 200
+    assert running.stop() == 0 and key not in running.output
+
+
+# ── HTTP front ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+@pytest.mark.parametrize(("head", "status"), MALFORMED_HEADS.items(), ids=lambda value: repr(value)[:40])
+def test_malformed_requests_are_answered_and_closed(
+    request: pytest.FixtureRequest, provider: Provider, mode: str, head: bytes, status: int
+) -> None:
+    running: Proxy = request.getfixturevalue(mode)
+    answer = running.raw(head + b"\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n")
+    first, _, rest = answer.partition(b"\r\n")
+    assert first.startswith(b"HTTP/1.1 %d " % status) and len(re.findall(rb"^HTTP/1", answer, re.M)) == 1
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] and b"Connection: close" in answer
+    assert not provider.got
+
+
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+        b"POST /v1/x HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\nHost: a\n\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n",
+    ],
+)
+def test_smuggling_is_refused_with_400(
+    request: pytest.FixtureRequest, provider: Provider, mode: str, data: bytes
+) -> None:
+    answer = request.getfixturevalue(mode).raw(data)
+    assert answer.startswith(b"HTTP/1.1 400 ") and len(re.findall(rb"^HTTP/1", answer, re.M)) == 1
+    assert not provider.got
+
+
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+def test_a_body_that_breaks_off_is_not_taken_for_whole(
+    request: pytest.FixtureRequest, provider: Provider, mode: str
+) -> None:
+    running: Proxy = request.getfixturevalue(mode)
+    with socket.create_connection(("127.0.0.1", running.port), 5) as sock:
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{}")
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")
+    assert not provider.got
+
+
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+def test_too_much_is_refused_before_it_is_read(request: pytest.FixtureRequest, mode: str) -> None:
+    running: Proxy = request.getfixturevalue(mode)
+    for data, status in (
+        (b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\n\r\nabc", 413),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+    ):
+        assert running.raw(data).startswith(b"HTTP/1.1 %d " % status)
+
+
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+def test_connections_are_kept_alive_and_take_requests_in_a_row(request: pytest.FixtureRequest, mode: str) -> None:
+    running: Proxy = request.getfixturevalue(mode)
+    one = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+    answer = running.raw(one + one + one.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    assert answer.count(b"HTTP/1.1 200 ") == 3
+    assert running.raw(one.replace(b"1.1", b"1.0")).count(b"Connection: close") == 1
+
+
+def test_an_http_1_0_client_gets_a_stream_without_chunks(sdk: Proxy, provider: Provider) -> None:
+    data = json.dumps({**chat_body(), "stream": True}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(data)
+    answer = sdk.raw(head + data)
+    assert b"ransfer-" not in answer and answer.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_client_that_expects_it_gets_its_100_continue(sdk: Proxy, provider: Provider) -> None:
+    data = json.dumps(chat_body()).encode()
+    with socket.create_connection(("127.0.0.1", sdk.port), 5) as sock:
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(data))  # fmt: skip
+        assert read_head(sock) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(data)
+        assert read_head(sock).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_threads_and_descriptors_come_back(sdk: Proxy, provider: Provider) -> None:
+    def counts() -> tuple[int, int]:
+        base = Path(f"/proc/{sdk.process.pid}")
+        return len(list((base / "task").iterdir())), len(list((base / "fd").iterdir()))
+
+    def one(_: int) -> int:
+        with httpx.Client(base_url=sdk.url, trust_env=False, timeout=30) as client:
+            return client.post("/v1/chat/completions", json=chat_body()).status_code
+
+    with ThreadPoolExecutor(30) as pool:
+        list(pool.map(one, range(60)))
+        wait_until(lambda: True)
+        threads, descriptors = counts()
+        assert set(pool.map(one, range(120))) == {200}
+    wait_until(lambda: counts()[0] <= threads + 2 and counts()[1] <= descriptors + 40)
+
+
+# ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_both_fronts_share_one_config(shared_provider: Provider, provider: Provider) -> None:
+    url = shared_provider.url
+    running = Proxy(config_for(shared_provider), "--mode", "both", "--sdk-port", "0", "--litellm-url", url)
+    assert re.findall(r"^ready: (\w+) ", running.output, re.M) == ["binary", "sdk"]
+    first, second = running.ready()
+    for base in (first, second):
+        response = httpx.post(f"{base}/v1/chat/completions", json=chat_body(), trust_env=False)
+        assert response.status_code == 200 and provider.last.header("x-sm-user-id") == "default-dev"
+    assert [got.body["model"] for got in provider.got] == ["gpt", "gpt-4o-mini"]
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "experimental", "mode"),
+    [
+        ([], {}, {}, "sdk"),
+        ([], {}, {"use_sdk_proxy": False}, "binary"),
+        ([], {"USE_SDK_PROXY": "true"}, {"use_sdk_proxy": False}, "sdk"),
+        ([], {"USE_SDK_PROXY": "false"}, {}, "binary"),
+        (["--use-sdk"], {"USE_SDK_PROXY": "false"}, {}, "sdk"),
+        (["--mode", "binary"], {"USE_SDK_PROXY": "true"}, {}, "binary"),
+        (["--run-both"], {}, {}, "both"),
+    ],
+)
+def test_the_mode_is_flag_then_environment_then_config(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    environment: dict[str, str],
+    experimental: dict[str, Any],
+    mode: str,
+) -> None:
+    monkeypatch.delenv("USE_SDK_PROXY", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    document = {"model_list": [model("a", "openai/a", "http://h")], "general_settings": {"experimental": experimental}}
+    config = proxy.load_config(write_config(tmp_path, document))
+    settings = proxy.settle(proxy.build_parser().parse_args(arguments), config)
+    assert (settings.mode, settings.port, settings.sdk_port) == (mode, 8764, 8765)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_sigterm_lets_what_is_in_flight_end(shared_provider: Provider, provider: Provider, stream: bool) -> None:
+    running = Proxy(config_for(shared_provider))
+    if stream:
+        provider.script = lambda _got: Reply(parts=openai_stream(list("abcdef")), headers=SSE, pause=0.2)
+    else:
+        provider.script = lambda got: Reply(usual_answer(got).body, hold=1)
+    idle = socket.create_connection(("127.0.0.1", running.port))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(running.chat, stream=stream)
+        provider.wait_for()
+        running.process.terminate()
+        time.sleep(0.3)
+        assert refuses_connections(running.port)
+        assert (
+            answer.result().status_code == 200 and "hello" in answer.result().text or "[DONE]" in answer.result().text
+        )
+    assert idle.recv(1) == b""
+    idle.close()
+    assert running.stop() == 0
+    assert "Traceback" not in running.output and "Unclosed" not in running.output
+
+
+def test_a_port_that_is_taken_is_one_clear_line(shared_provider: Provider) -> None:
+    port = str(shared_provider.port)
+    config = config_for(shared_provider)
+    running = Proxy(config, "--mode", "binary", "--litellm-url", shared_provider.url, "--port", port, wait=False)
+    assert running.process.wait(20) == 2
+    running.stop()
+    assert any(line.startswith("error: ") and port in line for line in running.lines)
+
+
+def test_the_start_tells_what_to_do_next(sdk: Proxy) -> None:
+    for text in (
+        "gpt",
+        "demo",
+        "claude-code",
+        "default-dev",
+        "ANTHROPIC_BASE_URL=",
+        "OPENAI_BASE_URL=",
+        "PyCharm",
+        sdk.url,
+    ):
+        assert text in sdk.output
+
+
+def test_the_start_warns_where_the_config_would_lose_the_memory(shared_provider: Provider) -> None:
+    config = config_for(shared_provider, general_settings={})
+    running = Proxy(config, "--mode", "binary", "--litellm-url", shared_provider.url)
+    assert any("forward_client_headers_to_llm_api" in line and "WARNING" in line for line in running.lines)
+    running.stop()
+
+
+# ── run.sh and README ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def readme_commands() -> list[str]:
+    text = (HERE / "README.md").read_text()
+    return [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.strip().split("\n")]
+
+
+def test_the_readmes_own_commands_work(tmp_path: Path) -> None:
+    """From a copy of the project, with the README's first commands as they stand there."""
+    commands = readme_commands()
+    assert commands[0] == "./run.sh" and "./run.sh test" in commands
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    for name in ("litellm_memory_proxy.py", "config.yaml", "run.sh"):
+        (folder / name).write_bytes((HERE / name).read_bytes())
+    (folder / "run.sh").chmod(0o755)
+    port = free_port()
+    environment = clean_environment(PROXY_PORT=str(port), VENV=sys.prefix)
+    stamp = Path(sys.prefix) / ".installed"
+    assert stamp.exists() or os.environ.get("CI") is None
+    process = subprocess.Popen(
+        commands[0].split(), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout and process.stdout.readline() == f"ready: sdk http://127.0.0.1:{port}\n"
+        curl = next(command for command in commands if command.startswith("curl"))
+        answer = subprocess.run(
+            ["sh", "-c", curl.replace("8764", str(port))], capture_output=True, text=True, env=clean_environment()
+        )
+        assert json.loads(answer.stdout)["choices"][0]["message"]["content"].startswith("Hello!")
+    finally:
+        process.terminate()
+        assert process.wait(40) == 0
