@@ -60,8 +60,9 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -70,6 +71,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
+from weakref import WeakSet
 
 import yaml
 
@@ -94,6 +96,7 @@ HEAD_SECONDS = 30.0  # from the first byte of a request head to its last
 BODY_SECONDS = 60.0  # between two reads of a request body; nginx's client_body_timeout
 IDLE_SECONDS = 75.0  # keep-alive between two requests; nginx's keepalive_timeout
 SEND_SECONDS = 300.0  # between two writes that a slow client accepts: a stream paused for a coffee goes on
+ACCEPT_SECONDS = 0.1  # between two looks of the accepting thread at whether to stop
 LINGER_SECONDS = 2.0  # how long a refused client may go on sending before its connection is dropped (RFC 9112 §9.6)
 DRAIN_SECONDS = 30.0  # how long requests in flight may take to end once the program was told to stop
 CONTINUE_SECONDS = 1.0  # wait for the server's 100 (Continue) before the body is sent anyway (RFC 9110 §10.1.1)
@@ -106,6 +109,9 @@ STREAM_HIGH_BYTES = 256 * 1024  # a stream that is this far ahead of its client 
 STREAM_LOW_BYTES = 64 * 1024  # ... until the client has caught up to here
 WRITE_BYTES = 64 * 1024  # one send to a client, so that SEND_SECONDS measures progress
 
+TALKING_SECONDS = 0.5  # between two looks at a client whose next request already waits
+STALE_SECONDS = 0.5  # a pooled connection that closes this soon after a request had been closed before it
+
 POOL_IDLE_SECONDS = 4.0  # uvicorn, under LiteLLM's server, closes idle connections after 5 s
 POOL_SIZE = 256  # idle connections kept to the LiteLLM server
 
@@ -115,6 +121,8 @@ CHILD_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before each restart; 
 CHILD_STABLE_SECONDS = 60.0  # a child that ran this long starts again with the first pause
 RETRY_AFTER_SECONDS = 5  # what a client is told to wait while the LiteLLM server is down
 
+MAX_LOGGED = 500  # characters of a path in a log line
+MAX_MESSAGE = 20_000  # characters of an error message
 MAX_LABELS = 100  # distinct memory ids or models in the metrics; the rest is "other"
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,6 +142,7 @@ ANTHROPIC_TYPES = {
     413: "request_too_large",
     422: "invalid_request_error",
     429: "rate_limit_error",
+    500: "api_error",
     504: "timeout_error",
     529: "overloaded_error",
 }
@@ -212,10 +221,17 @@ class ProxyError(Exception):
         self.status, self.message, self.headers = status, message, list(headers)
         self.kind, self.param, self.code = kind, param, code
 
+    def redact(self, redact: Callable[[str], str]) -> ProxyError:
+        """Take the secrets out of everything that the client will see; returns itself."""
+        self.message = redact(self.message[:MAX_MESSAGE])
+        self.kind, self.param, self.code = (text and redact(text) for text in (self.kind, self.param, self.code))
+        return self
+
     def body(self, dialect: str) -> dict[str, Any]:
         """The error body in the given dialect, ``OPENAI`` or ``ANTHROPIC``."""
         if dialect == ANTHROPIC:
-            kind = self.kind or ANTHROPIC_TYPES.get(self.status, "api_error")
+            default = ANTHROPIC_TYPES.get(self.status, "api_error")
+            kind = self.kind if self.kind in ANTHROPIC_TYPES.values() else default  # clients know no others
             return {"type": "error", "error": {"type": kind, "message": self.message}}
         default = "api_error" if self.status >= 500 else "invalid_request_error"
         kind = self.kind or OPENAI_TYPES.get(self.status, default)
@@ -270,14 +286,34 @@ def provider_error(body: bytes) -> dict[str, Any]:
 
 
 def plain_message(error: BaseException) -> str:
-    """LiteLLM's message without the traceback that it sometimes carries and without its router's footnotes."""
-    text = str(getattr(error, "message", "") or error)
-    return re.split(r"\n*(?:Traceback \(most recent call last\)|LiteLLM: model group )", text)[0].strip()
+    """LiteLLM's message, as `plain_text`."""
+    return plain_text(str(getattr(error, "message", "") or error))
+
+
+def plain_text(text: str) -> str:
+    """A message without the traceback that LiteLLM's sometimes carry, and without its router's footnotes."""
+    return re.split(
+        r"\n*(?:Traceback \(most recent call last\)|LiteLLM: model group |Deployment Info: |Handle with )", text
+    )[0].strip()
 
 
 # ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────
 # Functions from a file to one frozen `Config`. YAML and the environment are read here and nowhere else. Validation
 # gathers every problem with its key path before it gives up.
+
+# The settings of LiteLLM's sections that this program reads itself: type, further check, the rule in words.
+SETTINGS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "litellm_settings.request_timeout": ((int, float), lambda n: 0 < n < 1e9, "a number of seconds"),
+    "litellm_settings.num_retries": (int, lambda n: n >= 0, "a whole number"),
+    "router_settings.timeout": ((int, float), lambda n: 0 < n < 1e9, "a number of seconds"),
+    "router_settings.num_retries": (int, lambda n: n >= 0, "a whole number"),
+    "general_settings.master_key": (str, bool, "a string"),
+    "general_settings.experimental": (dict, lambda _: True, "a mapping"),
+    "general_settings.experimental.use_sdk_proxy": (bool, lambda _: True, "true or false"),
+    "general_settings.experimental.sdk_proxy_port": (int, lambda n: 0 <= n < 65536, "a port"),
+    "general_settings.experimental.binary_proxy_port": (int, lambda n: 0 <= n < 65536, "a port"),
+}
+FRAMING_HEADERS = frozenset("connection content-length content-type host te trailer transfer-encoding upgrade".split())
 
 MEMORY_ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 §5.1: a token
@@ -374,7 +410,7 @@ def load_config(path: str) -> Config:
     try:
         return parse_config(path)
     except RecursionError:
-        raise ConfigError(path, [Problem("YAML", "an alias refers to itself")]) from None
+        raise ConfigError(path, [Problem("YAML", "an alias or an include refers to itself")]) from None
 
 
 def parse_config(path: str) -> Config:
@@ -382,15 +418,17 @@ def parse_config(path: str) -> Config:
     load_dotenv()
     document = read_yaml(path)
     problems: list[Problem] = []
-    for name, value in (document.get("environment_variables") or {}).items():
-        os.environ[str(name)] = str(resolve(value, "environment_variables", []))
+    set_environment(document.get("environment_variables"), problems)
     missing: list[tuple[str, str]] = []
     resolved = resolve(document, "", missing)
     models, missing_keys = check_models(resolved, missing, problems)
     mappings = check_mappings(resolved.get("user_id_mappings"), problems)
     check_sections(resolved, problems)
-    unset = ((where, name) for where, name in missing if not where.startswith("model_list["))
-    problems.extend(Problem(where, f"{name} is not set in the environment", warning=True) for where, name in unset)
+    for where, name in missing:
+        if not where.startswith("model_list["):
+            # Without its key the proxy would stand open, which is not what a config that names one asks for.
+            harmless = where != "general_settings.master_key"
+            problems.append(Problem(where, f"{name} is not set in the environment", warning=harmless))
     warn_about_headers(resolved, mappings, problems)
     fatal = [problem for problem in problems if not problem.warning]
     if fatal:
@@ -406,6 +444,20 @@ def parse_config(path: str) -> Config:
         secrets=frozenset(secrets_in(resolved)),
         warnings=tuple(problem for problem in problems if problem.warning),
     )
+
+
+def set_environment(section: Any, problems: list[Problem]) -> None:
+    """Put ``environment_variables`` into the environment, as LiteLLM's server does."""
+    if not isinstance(section, dict):
+        return  # `check_sections` says so
+    for name, value in section.items():
+        found = resolve(value, "environment_variables", [])
+        if found is None:
+            continue
+        try:
+            os.environ[str(name)] = str(found)
+        except ValueError as error:
+            problems.append(Problem(f"environment_variables.{name}", str(error)))
 
 
 def load_dotenv() -> None:
@@ -424,11 +476,14 @@ def read_yaml(path: str) -> dict[str, Any]:
         document = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(path, [Problem("file", error.strerror or str(error))]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number out of range
         raise ConfigError(path, [Problem("YAML", " ".join(str(error).split()))]) from None
     if not isinstance(document, dict):
         raise ConfigError(path, [Problem("file", "is not a YAML mapping (expected model_list: and others)")])
-    for name in document.pop("include", None) or ():
+    included = document.pop("include", None) or []
+    if not isinstance(included, list):
+        raise ConfigError(path, [Problem("include", "must be a list of files")])
+    for name in included:
         for key, value in read_yaml(str(Path(path).parent / str(name))).items():
             both_lists = isinstance(value, list) and isinstance(document.get(key), list)
             document[key] = document[key] + value if both_lists else value
@@ -506,6 +561,11 @@ def check_mappings(section: Any, problems: list[Problem]) -> Mappings:
         value = values.get(key, "-")
         if not (isinstance(value, str) and FIELD_NAME.fullmatch(value)) and not (key == "custom_header" and not value):
             problems.append(Problem(f"{where}.{key}", f"must be a header name, not {value!r}"))
+        elif str(value).lower() in FRAMING_HEADERS:
+            problems.append(Problem(f"{where}.{key}", f"cannot be {value}, which HTTP itself needs"))
+    names = {key: str(values.get(key, getattr(Mappings(), key))).lower() for key in ("custom_header", "inject_header")}
+    if names["custom_header"] == names["inject_header"]:
+        problems.append(Problem(f"{where}.custom_header", "must differ from inject_header"))
     default = values.get("default_user_id", "-")
     if not (isinstance(default, str) and MEMORY_ID.fullmatch(default)):
         problems.append(Problem(f"{where}.default_user_id", f"must be a memory id ({MEMORY_ID.pattern}): {default!r}"))
@@ -554,9 +614,14 @@ def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None
     for name in sections:
         if not isinstance(document.get(name) or {}, dict):
             problems.append(Problem(name, "must be a mapping"))
-    general = document.get("general_settings")
-    if isinstance(general, dict) and not isinstance(general.get("experimental") or {}, dict):
-        problems.append(Problem("general_settings.experimental", "must be a mapping"))
+    for where, (kind, test, rule) in SETTINGS.items():
+        value: Any = document
+        for key in where.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None and not (
+            isinstance(value, kind) and not (kind is not bool and value is True) and test(value)
+        ):
+            problems.append(Problem(where, f"must be {rule}, not {value!r}"))
 
 
 def warn_about_headers(document: Mapping[str, Any], mappings: Mappings, problems: list[Problem]) -> None:
@@ -658,7 +723,7 @@ def route_info(route: Route) -> dict[str, Any]:
 
 # What a key looks like where its value is not known: the name that leads to it is kept, the rest is not shown.
 KEY_SHAPES = re.compile(
-    r"""(?i)(\bbearer\s+|\b(?:[a-z-]*api[-_]key)["']?\s*[:=]\s*["']?)[^\s"',}]+|\bsk-[a-z0-9_-]{6,}"""
+    r"""(?i)(\bbearer\s+|\b(?:[a-z-]{0,40}api[-_]key)["']?\s*[:=]\s*["']?)[^\s"',}]+|\bsk-[a-z0-9_-]{6,}"""
 )
 REDACTED = "[redacted]"
 
@@ -694,8 +759,9 @@ class Log:
             head = {"timestamp": stamp, "level": level, "component": component, "event": event}
             line = json.dumps({**head, **known}, default=str)
         else:
-            rest = " ".join(f"{key}={value}" for key, value in known.items())
-            text = f"{now.astimezone():%H:%M:%S} {level.lower():<8} {component}: {event} {rest}".rstrip()
+            said = known.pop("message", event)
+            rest = "".join(f" {key}={value}" for key, value in known.items())
+            text = f"{now.astimezone():%H:%M:%S} {level.lower():<8} {component}: {said}{rest}"
             line = re.sub(
                 r"[\x00-\x1f\x7f\x85\u2028\u2029]", "?", text
             )  # a value can neither end nor recolour the line
@@ -714,7 +780,7 @@ class LoggingHandler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage().split("\nTraceback (most recent call last)")[0]
+        text = record.getMessage().partition("Traceback (most recent call last)")[0]
         self._log.event(record.levelname, record.name, "message", message=" ".join(text.split()))
 
 
@@ -789,6 +855,8 @@ HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
     "transfer-encoding upgrade".split()
 )
+# What no Connection header can make hop-by-hop: without them a body would be taken for another request.
+END_TO_END = frozenset("content-length content-type content-encoding host".split())
 NO_BODY_STATUS = (204, 304)
 BODILESS = 0  # framings besides a length in bytes
 CHUNKED = -1
@@ -822,11 +890,11 @@ class Headers:
 
     def tokens(self, name: str) -> list[str]:
         """The comma-separated members of a field, in lower case."""
-        return [token.strip().lower() for token in self.get(name).split(",") if token.strip()]
+        return [token.strip(" \t").lower() for token in self.get(name).split(",") if token.strip(" \t")]
 
     def end_to_end(self, drop: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
         """The fields that a proxy passes on: no hop-by-hop ones, none of the dropped (lower-case) names."""
-        dropped = HOP_BY_HOP.union(self.tokens("connection"), drop)
+        dropped = HOP_BY_HOP.union(set(self.tokens("connection")) - END_TO_END, drop)
         return ((name, value) for name, value in self.fields if name.lower() not in dropped)
 
 
@@ -885,7 +953,9 @@ class Response:
     Args:
         body: the bytes, or an iterator over them as they arrive; the front calls its ``close()`` at the end.
         length: of a streamed body, in bytes, where it is known.
-        tunnel: after a 101, takes over the client's socket and returns when either side has closed.
+        tunnel: after a 101, takes over the client's socket, with what was read from it too far, and returns when
+            either side has closed.
+        bodiless: it has no body by its nature (HEAD, 204, 304), and its fields say all about its length.
     """
 
     status: int
@@ -893,7 +963,8 @@ class Response:
     body: bytes | Iterator[bytes] = b""
     length: int | None = None
     reason: str | None = None
-    tunnel: Callable[[socket.socket], None] | None = None
+    tunnel: Callable[[socket.socket, bytes], None] | None = None
+    bodiless: bool = False
 
 
 JSON_CONTENT = ("Content-Type", "application/json")
@@ -934,8 +1005,9 @@ def parse_request(head: bytes) -> tuple[str, str, int, Headers]:
     headers = parse_fields(lines)
     if len(headers.values("host")) != 1 and not (minor == "0" and not headers.values("host")):
         raise ProxyError(400, "the request must have exactly one Host header")
-    if "://" in target.partition("?")[0] and not target.startswith("/"):  # absolute-form (RFC 9112 §3.2.2)
-        target = "/" + target.split("://", 1)[1].partition("/")[2]
+    absolute = re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*(/[^?#]*)?(\?[^#]*)?", target)
+    if absolute:  # RFC 9112 §3.2.2
+        target = (absolute[1] or "/") + (absolute[2] or "")
     if method == "CONNECT":
         raise ProxyError(405, "CONNECT is refused: this is no tunnel", headers=[("Allow", "GET, HEAD, POST")])
     if not target.startswith("/") and target != "*":
@@ -967,7 +1039,9 @@ def response_framing(method: str, status: int, headers: Headers) -> int:
     """The framing of an answer's body (RFC 9112 §6.3): a length, `CHUNKED` or `UNTIL_CLOSE`."""
     if method == "HEAD" or status in NO_BODY_STATUS or status < 200:
         return BODILESS
-    if headers.tokens("transfer-encoding")[-1:] == ["chunked"]:
+    if headers.values("transfer-encoding"):
+        if headers.tokens("transfer-encoding") != ["chunked"]:
+            raise ProxyError(502, "the LiteLLM server's answer has a transfer coding other than chunked")
         return CHUNKED
     lengths = set(headers.values("content-length"))
     if not lengths:
@@ -1071,6 +1145,14 @@ class Reader:
 def chunk(data: bytes) -> bytes:
     """One chunk of the chunked coding (RFC 9112 §7.1)."""
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text; raises ProxyError 400 for anything else."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ProxyError(400, f"the request body is not valid JSON: {error}") from None
 
 
 LAST_CHUNK = b"0\r\n\r\n"
@@ -1192,6 +1274,8 @@ class Channel:
             item = self._items.get()
             if isinstance(item, _End):
                 self._ended = item
+            else:
+                self._taken(item)
 
 
 class Call:
@@ -1209,6 +1293,10 @@ class Call:
 
     def __next__(self) -> bytes:
         return self._channel.get_all()
+
+    def finish(self) -> None:
+        """Wait until the coroutine has let go of everything, the client's socket included."""
+        self._channel.drain()
 
     def close(self) -> None:
         """Cancel the coroutine where it is still at work, and wait until it has let go of everything."""
@@ -1288,30 +1376,36 @@ class Bridge:
         import asyncio
 
         task = asyncio.current_task()
+        descriptor = peer.fileno()
         gone = False
+        recheck: asyncio.TimerHandle | None = None
 
         def on_readable() -> None:
-            nonlocal gone
+            nonlocal gone, recheck
             state = peer.state()
-            if state != "quiet":
-                self.loop.remove_reader(peer.fileno())
-            if state == "gone" and task:
+            if state == "quiet":
+                return
+            self.loop.remove_reader(descriptor)
+            if state == "talking":  # its next request stays unread, and the descriptor readable: ask now and then
+                recheck = self.loop.call_later(TALKING_SECONDS, on_readable)
+            elif task:
                 gone = True
                 task.cancel()
 
         error: Exception | None = None
-        watched = peer.fileno() >= 0
-        if watched:
-            self.loop.add_reader(peer.fileno(), on_readable)
         try:
+            if descriptor >= 0:
+                self.loop.add_reader(descriptor, on_readable)
             await produce(channel)
         except asyncio.CancelledError:
             error = ClientGone() if gone else ProxyError(503, "the proxy is stopping")
         except Exception as failure:
             error = failure
         finally:
-            if watched:  # before the end is told: after it the socket may be closed
-                self.loop.remove_reader(peer.fileno())
+            if recheck:
+                recheck.cancel()
+            if descriptor >= 0:  # before the end is told: after it the socket may be closed
+                self.loop.remove_reader(descriptor)
             channel.end(error)
 
     def stop(self) -> None:
@@ -1323,7 +1417,10 @@ class Bridge:
 # ── session ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # The persistent HTTP session under LiteLLM: its cookies, and what it saw on the wire for each client request. LiteLLM
 # pools its connections well but gives its clients a jar that keeps nothing (since 1.97), so the session takes hold one
-# level lower, at the method through which every request of an httpx transport goes out, LiteLLM's own included.
+# level lower, at the one method through which every request of an httpx transport goes out, LiteLLM's own included.
+
+CHALLENGE_STATUS = (403, 429, 503)  # with a web page, or a header that says so; a provider's own JSON 429 is none
+PROOF_COOKIE = "memory-proxy-proof"
 
 
 @dataclass
@@ -1332,25 +1429,33 @@ class Exchange:
 
     ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
     failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where it was an error.
+    ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
+    ``anthropic-beta``.
     """
 
+    betas: str = ""
     sent: int = 0
     host: str = ""
     status: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
     fault: Exception | None = None
+    challenged: bool = False
 
     def begin(self, host: str) -> None:
         """A request goes out: what an earlier attempt saw is forgotten."""
-        self.sent, self.host, self.status, self.headers, self.body, self.fault = (
-            self.sent + 1,
-            host,
-            None,
-            (),
-            b"",
-            None,
-        )
+        self.sent, self.host, self.status = self.sent + 1, host, None
+        self.headers, self.body, self.fault, self.challenged = (), b"", None, False
+
+    def answered(self, response: httpx.Response) -> None:
+        """An answer came in; of an error, the body has been read."""
+        self.status, self.headers = response.status_code, tuple(response.headers.multi_items())
+        self.body = response.content if response.status_code >= 400 else b""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the provider could not be reached, or answered with an error."""
+        return self.fault is not None or (self.status or 0) >= 400
 
     def header(self, name: str) -> str:
         """The value of a (lower-case) header of the answer, or ""."""
@@ -1361,42 +1466,229 @@ EXCHANGE: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
 class Session:
-    """Cookies for every HTTP request that LiteLLM makes, by the rules of `http.cookiejar`: domain, path, expiry."""
+    """Cookies for every HTTP request that LiteLLM makes, by the rules of `http.cookiejar`: domain, path, expiry.
 
-    def __init__(self) -> None:
+    Args:
+        cookie_file: where the cookies outlive a restart, those without an expiry too; None: nowhere.
+    """
+
+    def __init__(self, cookie_file: str | None, log: Log) -> None:
+        from http.cookiejar import LWPCookieJar
+
         import httpx
 
-        self._cookies = httpx.Cookies()
+        self._file, self._log = cookie_file, log
+        self._jar = LWPCookieJar()
+        self._cookies = httpx.Cookies(self._jar)
+        self.fault: str | None = None  # why cookies do not survive, where a proof has shown it
+        self._shared: Any = None  # the one aiohttp session under all of LiteLLM's transports
+        self._used: WeakSet[Any] = WeakSet()  # httpx's own transports, to be closed at the end
+        if cookie_file and Path(cookie_file).exists():
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # cookielib's way of printing a traceback
+                    self._jar.load(cookie_file, ignore_discard=True)
+            except (OSError, ValueError) as error:  # LoadError is an OSError
+                self._jar.clear()
+                log.event(
+                    "WARNING",
+                    "session",
+                    "cookie_file",
+                    message=f"{cookie_file} is unreadable, the jar is empty: {error}",
+                )
+        self._saved = self._jar.as_lwp_str(ignore_discard=True)
 
     @property
     def cookie_count(self) -> int:
         """How many cookies the jar holds."""
-        return len(self._cookies.jar)
+        return len(self._jar)
 
-    def install(self, transports: Iterable[type[httpx.AsyncBaseTransport]]) -> None:
-        """Make these transport classes send through this session."""
+    def install(self, transports: Iterable[type]) -> None:
+        """Make these httpx transport classes, synchronous or asynchronous, send through this session."""
         for transport in transports:
-            transport.handle_async_request = self._wrap(transport.handle_async_request)  # type: ignore[method-assign,assignment]
+            for name, wrap in (("handle_async_request", self._asynchronous), ("handle_request", self._synchronous)):
+                if name in vars(transport):
+                    setattr(transport, name, wrap(vars(transport)[name]))
 
-    def _wrap(self, send: Callable[..., Awaitable[httpx.Response]]) -> Callable[..., Awaitable[httpx.Response]]:
-        async def handle_async_request(transport: httpx.AsyncBaseTransport, request: httpx.Request) -> httpx.Response:
-            exchange = EXCHANGE.get() or Exchange()
-            exchange.begin(request.url.netloc.decode())
-            self._cookies.set_cookie_header(request)
-            try:
-                response = await send(transport, request)
-            except Exception as error:
-                exchange.fault = error
-                raise
-            exchange.status, exchange.headers = response.status_code, tuple(response.headers.multi_items())
-            response.request = request
-            self._cookies.extract_cookies(response)
-            response.headers.pop("set-cookie", None)  # the clients above keep jars of their own: one is the truth
-            if response.status_code >= 400:
-                exchange.body = await response.aread()
-            return response
+    def _asynchronous(self, send: Callable[..., Awaitable[httpx.Response]]) -> Callable[..., Awaitable[httpx.Response]]:
+        async def handle_async_request(transport: Any, request: httpx.Request) -> httpx.Response:
+            self._adopt(transport)
+            flow = self._flow(request)
+            exchange = next(flow)
+            while True:
+                try:
+                    response = await send(transport, request)
+                    if response.status_code >= 400:
+                        await response.aread()
+                except Exception as error:
+                    exchange.fault = error
+                    raise
+                try:
+                    flow.send(response)
+                except StopIteration as stop:
+                    answer: httpx.Response = stop.value
+                    return answer
 
         return handle_async_request
+
+    def _adopt(self, transport: Any) -> None:
+        """Make a transport of LiteLLM's use the one aiohttp session: connections are shared, and none is left open.
+
+        LiteLLM makes a session for each of its clients, and drops some of those clients without closing them.
+        """
+        if not hasattr(transport, "client"):
+            self._used.add(transport)
+            return
+        if self._shared is None or self._shared.closed:
+            self._shared = transport.client() if callable(transport.client) else transport.client
+        transport.client, transport._owns_session = self._shared, False
+
+    def _synchronous(self, send: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
+        def handle_request(transport: Any, request: httpx.Request) -> httpx.Response:
+            flow = self._flow(request)
+            exchange = next(flow)
+            while True:
+                try:
+                    response = send(transport, request)
+                    if response.status_code >= 400:
+                        response.read()
+                except Exception as error:
+                    exchange.fault = error
+                    raise
+                try:
+                    flow.send(response)
+                except StopIteration as stop:
+                    answer: httpx.Response = stop.value
+                    return answer
+
+        return handle_request
+
+    def _flow(self, request: httpx.Request) -> Generator[Exchange, httpx.Response, httpx.Response]:
+        """One request in steps: each yield sends it and brings its answer back; the last answer is returned.
+
+        A challenge that brings a cookie is met once, at once, with that cookie. One that stays is replaced by a 400
+        in JSON, which LiteLLM does not retry, and marked in the exchange.
+        """
+        import httpx
+
+        exchange = EXCHANGE.get() or Exchange()
+        own = "cookie" in request.headers  # the config names a cookie itself
+        cookie = request.headers.get("cookie") if own else self._cookie_for(request.url)
+        if exchange.betas and "anthropic-version" in request.headers:
+            request.headers["anthropic-beta"] = merge_tokens(request.headers.get("anthropic-beta", ""), exchange.betas)
+        for attempt in (1, 2):
+            if cookie:
+                request.headers["cookie"] = cookie
+            exchange.begin(request.url.netloc.decode())
+            response = yield exchange
+            exchange.answered(response)
+            response.request = request
+            self._keep_cookies(response)
+            if not is_challenge(response):
+                return response
+            sent, cookie = cookie, self._cookie_for(request.url)
+            if attempt == 2 or own or cookie == sent or not isinstance(request.stream, httpx.ByteStream):
+                break
+        exchange.challenged = True
+        return httpx.Response(400, json={"error": {"message": "Cloudflare challenge"}}, request=request)
+
+    def _cookie_for(self, url: httpx.URL) -> str | None:
+        """The Cookie header that belongs to a request for this URL, or None."""
+        import httpx
+
+        request = httpx.Request("GET", url)
+        self._cookies.set_cookie_header(request)
+        header: str | None = request.headers.get("cookie")
+        return header
+
+    def _keep_cookies(self, response: httpx.Response) -> None:
+        """Take the answer's cookies; the clients above keep jars of their own, and must see none: one is the truth."""
+        if "set-cookie" not in response.headers:
+            return
+        self._cookies.extract_cookies(response)
+        del response.headers["set-cookie"]
+        now = self._jar.as_lwp_str(ignore_discard=True)
+        if now != self._saved:
+            self._saved = now
+            self._log.event(
+                "DEBUG", "session", "cookies", names=[f"{cookie.name}@{cookie.domain}" for cookie in self._jar]
+            )
+            self._save()
+
+    def _save(self) -> None:
+        """Write the cookie file: whole or not at all, for its owner's eyes only."""
+        if self._file is None:
+            return
+        part = f"{self._file}.{os.getpid()}"
+        try:
+            os.close(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
+            self._jar.save(part, ignore_discard=True)
+            Path(part).replace(self._file)
+        except OSError as error:
+            self._log.event("WARNING", "session", "cookie_file", message=f"{self._file} cannot be written: {error}")
+
+    def forget(self, name: str) -> None:
+        """Drop every cookie of this name."""
+        for cookie in [cookie for cookie in self._jar if cookie.name == name]:
+            self._jar.clear(cookie.domain, cookie.path, cookie.name)
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        if self._shared is not None:
+            await self._shared.close()
+        for transport in list(self._used):
+            await transport.aclose()
+
+    def health(self) -> dict[str, Any]:
+        """The ``session_manager`` row of ``/health``."""
+        status = "unhealthy" if self.fault else "healthy"
+        return {"status": status, "cookie_count": self.cookie_count, **({"reason": self.fault} if self.fault else {})}
+
+
+def merge_tokens(first: str, second: str) -> str:
+    """Two comma-separated lists as one, without doubles. LiteLLM drops the betas of a client that it does not know."""
+    return ",".join(dict.fromkeys(token.strip() for token in f"{first},{second}".split(",") if token.strip()))
+
+
+def is_challenge(response: httpx.Response) -> bool:
+    """Whether a host such as Cloudflare's answered in the provider's place, to see whether this is a browser."""
+    page = response.headers.get("content-type", "").lower().startswith("text/html")
+    return response.status_code in CHALLENGE_STATUS and (page or response.headers.get("cf-mitigated") == "challenge")
+
+
+class CookieGate(http.server.BaseHTTPRequestHandler):
+    """A host on loopback that lets nobody in without its cookie, for the proof at the start."""
+
+    def do_POST(self) -> None:
+        """503 in HTML with the cookie, or 200 to a request that has it."""
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        passed = PROOF_COOKIE in (self.headers.get("cookie") or "")
+        self.server.seen[self.path.split("/")[1]] = passed  # type: ignore[attr-defined]
+        self.send_response(200 if passed else 503)
+        if not passed:
+            self.send_header("Set-Cookie", f"{PROOF_COOKIE}=1; Path={self.path}")
+        self.send_header("Content-Type", "application/json" if passed else "text/html")
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing on stderr."""
+
+
+@contextlib.contextmanager
+def cookie_gate() -> Iterator[tuple[str, dict[str, bool]]]:
+    """A running `CookieGate`: its URL, and for the first part of each path that was asked, whether the cookie came."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), CookieGate)
+    server.block_on_close = False
+    server.seen = {}  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", server.seen  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 # ── sdk backend ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1427,9 +1719,11 @@ CLIENT_PARAMS = frozenset(
 # arguments of the Router's functions.
 FORBIDDEN_PARAMS = frozenset(
     "base_url extra_headers extra_query organization user_config specific_deployment context_window_fallbacks "
-    "content_policy_fallbacks router_settings_override".split()
+    "content_policy_fallbacks router_settings_override deployment_id model_id deployment_url custom_endpoint token url "
+    "gigachat_auth_url gigachat_access_token gemini_api_key apikey zen_api_key account_id project_id space_id "
+    "workspace_id http_client success_callback failure_callback callbacks".split()
 )
-FORBIDDEN_PREFIXES = ("_", "aws_", "azure_", "gcs_", "s3_", "sagemaker_", "vertex_", "litellm_")
+FORBIDDEN_PREFIXES = ("_", "aws_", "azure_", "gcs_", "s3_", "oci_", "sagemaker_", "vertex_", "litellm_")
 
 # Client headers that reach the provider: LiteLLM's server forwards the same ones.
 CREDENTIAL_HEADERS = frozenset("x-api-key x-goog-api-key x-litellm-api-key x-mcp-auth".split())
@@ -1437,8 +1731,16 @@ CREDENTIAL_HEADERS = frozenset("x-api-key x-goog-api-key x-litellm-api-key x-mcp
 PROVIDER_HEADERS = ("x-", "anthropic-", "openai-", "ratelimit-", "retry-after", "request-id")
 PROVIDER_HEADERS_DROPPED = frozenset("x-request-id x-accel-buffering x-frame-options x-powered-by".split())
 
+# Settings of the config that decide on cooldowns and on retries.
+COOLDOWN_SETTINGS = frozenset("allowed_fails allowed_fails_policy cooldown_time disable_cooldowns".split())
+RETRY_SETTINGS = frozenset("num_retries retry_policy model_group_retry_policy".split())
+
 # Providers that log in with a device flow: asking LiteLLM whether their key is there would start it.
 DEVICE_FLOW_PROVIDERS = ("github_copilot/", "chatgpt/")
+
+# The proof of cookies at the start: one model for each HTTP stack (the OpenAI SDK's client, LiteLLM's own).
+PROOF_MODELS = {"openai": "openai/proof", "anthropic": "anthropic/proof"}
+PROOF_SECONDS = 5.0
 
 MODEL_CREATED = 1677610602  # Unix time that LiteLLM's server gives every model
 
@@ -1454,7 +1756,7 @@ class Endpoint:
     """
 
     function: str
-    shape: Mapping[str, type]
+    shape: Mapping[str, type | tuple[type, ...]]
     frames: Callable[[Any, str], AsyncIterator[bytes]]
 
 
@@ -1467,10 +1769,10 @@ async def chat_frames(stream: Any, model: str) -> AsyncIterator[bytes]:
 
 
 async def message_frames(stream: Any, _model: str) -> AsyncIterator[bytes]:
-    """Anthropic's events: LiteLLM hands them on as the bytes that they are.
+    """Anthropic's events: LiteLLM hands them on as the bytes that they are, cut anywhere.
 
     Raises:
-        ProxyError: 502, the stream ended before its ``message_stop``.
+        ProxyError: for the provider's error event, and 502 where the stream ended before its ``message_stop``.
     """
     if isinstance(stream, dict):  # mock_response knows no streams in this dialect
         from litellm.llms.anthropic.pass_through.messages.fake_stream_iterator import (
@@ -1478,18 +1780,47 @@ async def message_frames(stream: Any, _model: str) -> AsyncIterator[bytes]:
         )
 
         stream = FakeAnthropicMessagesStreamIterator(stream)  # type: ignore[arg-type]
-    tail = b""
+    rest, ended = b"", False
     async for part in stream:
-        data = part if isinstance(part, bytes) else str(part).encode()
-        tail = (tail + data)[-1024:]
-        yield data
-    if b"message_stop" not in tail and b"event: error" not in tail:
+        rest += part if isinstance(part, bytes) else str(part).encode()
+        events, gap, rest = rest.replace(b"\r\n", b"\n").rpartition(b"\n\n")
+        if not gap:
+            continue
+        good, error, said = (b"\n" + events).partition(b"\nevent: error\n")
+        if good.strip():
+            yield good[1:].rstrip(b"\n") + b"\n\n"
+        if error:
+            raise event_error(said)
+        ended = ended or b"event: message_stop" in good
+    if not ended:
         raise ProxyError(502, "the provider's stream ended early")
+
+
+def event_error(event: bytes) -> ProxyError:
+    """The error of an Anthropic ``event: error``."""
+    said = provider_error(event.partition(b"data:")[2].partition(b"\n")[0])
+    kind = str(said.get("type") or "api_error")
+    status = next((status for status, name in ANTHROPIC_TYPES.items() if name == kind), 500)
+    return ProxyError(status, plain_text(str(said.get("message") or "the provider's stream failed")), kind=kind)
+
+
+async def response_frames(stream: Any, model: str) -> AsyncIterator[bytes]:
+    """LiteLLM's events of a response as OpenAI's; those that carry the response name the model as the client does."""
+    async for part in stream:
+        response: Any = getattr(part, "response", None)
+        if getattr(response, "model", None):
+            part = part.model_copy(update={"response": response.model_copy(update={"model": model})})
+        yield sse_event(
+            part.model_dump_json(exclude_none=True, exclude_unset=True), str(getattr(part.type, "value", part.type))
+        )
 
 
 ENDPOINTS: Mapping[str, Endpoint] = {
     "/chat/completions": Endpoint("acompletion", {"messages": list}, chat_frames),
     "/messages": Endpoint("aanthropic_messages", {"messages": list, "max_tokens": int}, message_frames),
+    "/responses": Endpoint("aresponses", {"input": (str, list)}, response_frames),
+    "/completions": Endpoint("atext_completion", {"prompt": (str, list)}, chat_frames),
+    "/embeddings": Endpoint("aembedding", {"input": (str, list)}, chat_frames),
 }
 MODELS_PATH = "/models"
 
@@ -1499,17 +1830,51 @@ class SdkBackend:
 
     name = "sdk"
 
-    def __init__(self, config: Config, log: Log) -> None:
+    def __init__(self, config: Config, log: Log, cookie_file: str | None = None) -> None:
         self._config, self._log = config, log
         self._bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
         self._litellm = import_litellm(log)
         self._own_params = frozenset(self._litellm.types.utils.all_litellm_params) | FORBIDDEN_PARAMS
-        self.session = Session()
+        self.session = Session(cookie_file, log)
         self.session.install(http_transports())
         self._bridge.start()
         apply_litellm_settings(self._litellm, config, log)
         self.missing_keys = {**config.missing_keys, **self._keys_from_environment()}
+        sections = (config.section("router_settings"), config.section("litellm_settings"))
+        self._has_fallbacks = any(name.endswith("fallbacks") and value for s in sections for name, value in s.items())
         self._router = self._bridge.run(self._build_router())
+        self._bridge.run(self._prove_cookies())
+
+    async def _prove_cookies(self) -> None:
+        """Call a host on loopback that demands its cookie, over each HTTP stack of LiteLLM's.
+
+        LiteLLM changes such internals often: better to hear it at the start than to wonder at 503s later. A stack
+        that does not reach loopback at all (a proxy stands in between) proves nothing either way.
+        """
+        import asyncio
+
+        with cookie_gate() as (url, seen):
+            calls = [
+                self._litellm.acompletion(
+                    model=model,
+                    messages=[{"role": "user", "content": "hello"}],
+                    api_key="none",
+                    api_base=f"{url}/{path}",
+                    timeout=PROOF_SECONDS,
+                    max_retries=0,
+                    **{"no-log": True},
+                )
+                for path, model in PROOF_MODELS.items()
+            ]
+            await asyncio.gather(*calls, return_exceptions=True)
+        self.session.forget(PROOF_COOKIE)
+        lost = [path for path, passed in seen.items() if not passed]
+        if lost:
+            version = version_of("litellm")
+            self.session.fault = (
+                f"LiteLLM {version} loses cookies on its way to {', '.join(lost)}: hosts that demand one will refuse"
+            )
+            self._log.event("CRITICAL", "session", "cookies_lost", message=self.session.fault)
 
     async def _build_router(self) -> Any:
         """LiteLLM's Router, made on the loop that will use it, from the config as LiteLLM's server makes it."""
@@ -1521,12 +1886,12 @@ class SdkBackend:
         arguments = {key: value for key, value in settings.items() if key in known}
         if "request_timeout" not in self._config.section("litellm_settings"):
             arguments.setdefault("timeout", self._config.request_seconds)  # LiteLLM's own default is 6,000 s
-        made = router(
-            model_list=self._deployments(),
-            cache_responses=self._litellm.cache is not None,
-            ignore_invalid_deployments=True,
-            **arguments,
-        )
+        usual = {"cache_responses": self._litellm.cache is not None, "ignore_invalid_deployments": True}
+        made = router(**{**usual, **arguments, "model_list": self._deployments()})
+        taken = {deployment["model_name"] for deployment in made.model_list}
+        for name in self._config.model_names:
+            if name not in taken and name not in self.missing_keys:
+                self._log.event("WARNING", "config", "model_list", message=f"LiteLLM cannot use the model {name!r}")
         for path, endpoint in ENDPOINTS.items():
             if not hasattr(made, endpoint.function):
                 raise StartError(
@@ -1537,22 +1902,24 @@ class SdkBackend:
     def _deployments(self) -> list[dict[str, Any]]:
         """The model_list for the Router.
 
-        A deployment that is alone under its name never cools down, unless the config says otherwise: there is no
-        other to turn to, and one 401 would stand between a user and the model (LiteLLM's own rule spares it from some
-        of its cooldowns only).
+        A deployment that is alone under its name neither cools down nor is tried again, unless the config says so:
+        there is no other to turn to. One 401 would stand between a user and the model for 5 s, a 429 with a
+        Retry-After of 20 s hold the client for a minute, and clients retry by themselves.
         """
         usable = [
             entry for entry in self._config.document["model_list"] if entry["model_name"] not in self.missing_keys
         ]
         count = Counter(entry["model_name"] for entry in usable)
-        alone = {"cooldown_time": 0}
-        return [
-            {
-                **entry,
-                "litellm_params": {**(alone if count[entry["model_name"]] == 1 else {}), **entry["litellm_params"]},
-            }
-            for entry in usable
-        ]
+        settings = {*self._config.section("router_settings"), *self._config.section("litellm_settings")}
+        alone: dict[str, Any] = {} if settings & COOLDOWN_SETTINGS else {"cooldown_time": 0}
+        alone |= {} if settings & RETRY_SETTINGS else {"num_retries": 0}
+        deployments = []
+        for entry in usable:
+            params = {**(alone if count[entry["model_name"]] == 1 else {}), **entry["litellm_params"]}
+            if isinstance(params.get("extra_headers"), dict):  # in one case, or a client's header would stand beside it
+                params["extra_headers"] = {str(name).lower(): value for name, value in params["extra_headers"].items()}
+            deployments.append({**entry, "litellm_params": params})
+        return deployments
 
     def _keys_from_environment(self) -> dict[str, tuple[str, ...]]:
         """Model names of which no deployment has a key, neither in the config nor in the environment."""
@@ -1582,6 +1949,8 @@ class SdkBackend:
             raise ProxyError(404, f"{request.path} is not served in sdk mode; binary mode serves all of LiteLLM's API")
         require_method(request, "POST")
         params = self._params(request, endpoint)
+        if self._litellm.cache is not None:  # a cached answer has been written with a memory: it is that memory's own
+            params["cache"] = {**(params.get("cache") or {}), "namespace": route.user_id}
         headers = upstream_headers(request, route, self._config.mappings)
 
         async def produce(channel: Channel) -> None:
@@ -1595,6 +1964,8 @@ class SdkBackend:
             raise
         if response.body is CALL_BODY:
             response.body = call
+        else:
+            call.finish()
         return response
 
     def _params(self, request: Request, endpoint: Endpoint) -> dict[str, Any]:
@@ -1605,7 +1976,8 @@ class SdkBackend:
             raise ProxyError(400, "the request body must name a model", param="model")
         for name, kind in endpoint.shape.items():
             if not isinstance(params.get(name), kind):
-                raise ProxyError(400, f"the request body must have {name!r}, a JSON {JSON_TYPES[kind]}", param=name)
+                types = " or ".join(JSON_TYPES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
+                raise ProxyError(400, f"the request body must have {name!r}, a JSON {types}", param=name)
         for name, kind in OPTIONAL_SHAPE.items():
             if not isinstance(params.get(name), (kind, type(None))):
                 raise ProxyError(400, f"{name!r} must be a JSON {JSON_TYPES[kind]}", param=name)
@@ -1624,32 +1996,57 @@ class SdkBackend:
         exchange = Exchange()
         EXCHANGE.set(exchange)
         model = params["model"]
+        exchange.betas = headers.get("anthropic-beta", "")
         result: Any = None
         started = False
+        held: list[bytes] = []
         try:
+            self._check_keys(model)
             result = await getattr(self._router, endpoint.function)(**params, headers=headers)
+            if result is None:
+                raise ProxyError(502, f"LiteLLM gave no answer for {model}")
+            refuse_page(exchange)
             if params.get("stream") is not True:
                 await channel.put(
                     Response(200, [JSON_CONTENT, *provider_headers(exchange)], whole_answer(result, model))
                 )
                 return
             async for data in endpoint.frames(result, served_model(result, model)):
-                if not started:  # only now: an error before the first event still has a status of its own
+                held.append(data)
+                # The head leaves with the first event that the provider caused, so that an error before it still has a
+                # status of its own: for some providers LiteLLM makes an event of its own before it calls them.
+                if started or exchange.status or len(held) > 1:
+                    await self._send_held(channel, held, exchange, started)
                     started = True
-                    await channel.put(Response(200, [*SSE_HEADERS, *provider_headers(exchange)], CALL_BODY))
-                await channel.put(data)
+            await self._send_held(channel, held, exchange, started)
         except Exception as error:
             failure = self._failure(error, exchange, model)
             if not started:
                 raise failure from error
-            await channel.put(sse_error(failure, dialect))
+            await channel.put(sse_error(failure.redact(self._log.redact), dialect))
         finally:  # a stream that is left behind would keep its connection to the provider
             if hasattr(result, "aclose"):
                 await result.aclose()
 
+    @staticmethod
+    async def _send_held(channel: Channel, held: list[bytes], exchange: Exchange, started: bool) -> None:
+        """Put the events that were held back into the channel, before the first of them the head."""
+        if not started:
+            refuse_page(exchange)
+            await channel.put(Response(200, [*SSE_HEADERS, *provider_headers(exchange)], CALL_BODY))
+        for data in held:
+            await channel.put(data)
+        held.clear()
+
+    def _check_keys(self, model: str) -> None:
+        """Raises ProxyError 401 for a model without a key, unless the config has fallbacks, which may help it."""
+        keys = self._missing_keys_of(model)
+        if keys and not self._has_fallbacks:
+            raise missing_key_error(model, keys)
+
     def _failure(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """What the client is told of an exception out of LiteLLM."""
-        if isinstance(error, ProxyError):
+        if isinstance(error, ProxyError) and not exchange.failed:
             return error
         keys = self._missing_keys_of(model)
         if keys and not exchange.sent:
@@ -1657,6 +2054,11 @@ class SdkBackend:
         # A provider's own status is the truth; LiteLLM's classes blur some of them (a 403 of Anthropic's is its 500).
         answered = exchange.status if exchange.status and exchange.status >= 400 else None
         status = answered or class_status(error, LITELLM_STATUS)
+        if exchange.challenged and answered:
+            message = (
+                f"the host in front of the model refused us (Cloudflare challenge): {exchange.host} answered {answered}"
+            )
+            return ProxyError(answered, message, headers=provider_headers(exchange))
         broken = None if answered else connection_status(exchange.fault or error)
         if broken:
             what = "did not answer in time" if broken == 504 else "could not be reached, or broke off"
@@ -1680,11 +2082,10 @@ class SdkBackend:
         return ProxyError(400, f"LiteLLM cannot translate this request for {model}: {plain_message(error)}")
 
     def _missing_keys_of(self, model: str) -> tuple[str, ...]:
-        """The variables that a model lacks, by its name or by a wildcard that covers it."""
-        for name, keys in self.missing_keys.items():
-            if name == model or ("*" in name and fnmatch.fnmatchcase(model, name)):
-                return keys
-        return ()
+        """The variables that a model lacks: by its name, or by the longest wildcard that covers it."""
+        names = self._config.model_names
+        covering = [name for name in names if "*" in name and fnmatch.fnmatchcase(model, name)]
+        return self.missing_keys.get(model if model in names else max(covering, key=len, default=""), ())
 
     def _models(self, wanted: str) -> Response:
         """``GET /models`` and ``GET /models/{id}``."""
@@ -1710,13 +2111,14 @@ class SdkBackend:
 
     def health(self) -> dict[str, dict[str, Any]]:
         """This backend's rows of ``/health``."""
-        return {"session_manager": {"status": "healthy", "cookie_count": self.session.cookie_count}}
+        return {"session_manager": self.session.health()}
 
     def close(self) -> None:
         """Close LiteLLM's connections and the loop."""
         from litellm.llms.custom_httpx.async_client_cleanup import close_litellm_async_clients
 
         self._bridge.run(close_litellm_async_clients())  # type: ignore[no-untyped-call]
+        self._bridge.run(self.session.aclose())
         self._bridge.stop()
 
 
@@ -1729,6 +2131,7 @@ OPTIONAL_SHAPE = {
     "metadata": dict,
     "litellm_metadata": dict,
     "extra_body": dict,
+    "cache": dict,
     "tools": list,
 }
 
@@ -1759,7 +2162,9 @@ def import_litellm(log: Log) -> Any:
         except (ImportError, AttributeError):
             version = version_of("litellm")
             raise StartError(f"LiteLLM {version} has no {module}.{attribute}, needed for {purpose}") from None
+    warnings.filterwarnings("ignore", module="pydantic")  # LiteLLM's models do not always fit what it puts in them
     litellm.suppress_debug_info = True
+    litellm.disable_hf_tokenizer_download = True  # it would hold the loop, and with it every client, for half a minute
     litellm.telemetry = False
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "asyncio", "httpx"):
         logger = logging.getLogger(name)
@@ -1775,12 +2180,15 @@ def version_of(distribution: str) -> str:
     return version(distribution)
 
 
-def http_transports() -> list[type[httpx.AsyncBaseTransport]]:
-    """The transport classes through which LiteLLM's requests go out."""
+def http_transports() -> list[type]:
+    """The transport classes through which LiteLLM's requests go out: its own over aiohttp, and httpx's two."""
     import httpx
     from litellm.llms.custom_httpx.aiohttp_transport import LiteLLMAiohttpTransport
 
-    return [httpx.AsyncHTTPTransport, LiteLLMAiohttpTransport]
+    return [LiteLLMAiohttpTransport, httpx.AsyncHTTPTransport, httpx.HTTPTransport]
+
+
+SERVER_SETTINGS = ("guardrails", "custom_provider_map", "post_call_rules")  # code that LiteLLM's server loads
 
 
 def apply_litellm_settings(litellm: Any, config: Config, log: Log) -> None:
@@ -1789,15 +2197,21 @@ def apply_litellm_settings(litellm: Any, config: Config, log: Log) -> None:
     for key, value in settings.items():
         if key == "cache":
             litellm.cache = litellm.Cache(**settings.get("cache_params") or {}) if value else None
-        elif key in ("guardrails", "custom_provider_map", "post_call_rules"):
+        elif key in SERVER_SETTINGS or (key.endswith(("callback", "callbacks")) and "." in str(value)):
             log.event("WARNING", "config", "litellm_settings", message=f"{key} works in binary mode only")
         elif key != "cache_params":
-            setattr(litellm, key, value)
+            setattr(litellm, str(key), [value] if key.endswith("callbacks") and isinstance(value, str) else value)
     if "request_timeout" in settings:
         litellm.request_timeout_explicitly_set = True
     credentials = config.document.get("credential_list")
     if credentials:
         litellm.credential_list = [litellm.types.utils.CredentialItem(**item) for item in credentials]
+
+
+CREDENTIAL_PARAMS = (
+    *("api_key", "mock_response", "litellm_credential_name"),
+    *("azure_ad_token", "azure_username", "client_secret", "tenant_id"),
+)
 
 
 def missing_provider_keys(litellm: Any, params: Mapping[str, Any]) -> tuple[str, ...]:
@@ -1806,7 +2220,11 @@ def missing_provider_keys(litellm: Any, params: Mapping[str, Any]) -> tuple[str,
     LiteLLM knows the names. Cloud identities (AWS, Google) have more sources than variables and are left to it.
     """
     model = str(params["model"])
-    if any(params.get(name) for name in ("api_key", "mock_response", "litellm_credential_name", "azure_ad_token")):
+    if any(params.get(name) for name in CREDENTIAL_PARAMS):
+        return ()
+    if any(
+        str(name).lower() in ("authorization", "api-key", "x-api-key") for name in params.get("extra_headers") or ()
+    ):
         return ()
     if model.startswith(DEVICE_FLOW_PROVIDERS):
         return ()
@@ -1833,13 +2251,15 @@ def parse_json_object(request: Request) -> dict[str, Any]:
     Raises:
         ProxyError: 400, it is no JSON object.
     """
-    try:
-        document = json.loads(request.body.read())
-    except (ValueError, RecursionError) as error:
-        raise ProxyError(400, f"the request body is not valid JSON: {error}") from None
+    document = parse_json(request.body.read())
     if not isinstance(document, dict):
         raise ProxyError(400, "the request body must be a JSON object")
     return document
+
+
+def forwarded_to_provider(name: str) -> bool:
+    """Whether a client's header of this (lower-case) name reaches the provider."""
+    return name == "anthropic-beta" or (name.startswith("x-") and not name.startswith("x-stainless"))
 
 
 def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict[str, str]:
@@ -1847,11 +2267,16 @@ def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict
     dropped = CREDENTIAL_HEADERS | {mappings.inject_header, mappings.custom_header or "", "x-request-id"}
     kept = {
         name.lower(): request.headers.get(name.lower())
-        for name, _ in request.headers.end_to_end(dropped)
-        if (name.lower().startswith("x-") and not name.lower().startswith("x-stainless"))
-        or name.lower() == "anthropic-beta"
+        for name, value in request.headers.end_to_end(dropped)
+        if value.isascii() and forwarded_to_provider(name.lower())  # httpx sends nothing else than ASCII
     }
     return {**kept, "x-request-id": request.id, mappings.inject_header: route.user_id}
+
+
+def refuse_page(exchange: Exchange) -> None:
+    """Raises ProxyError 502 for a web page with a good status, out of which LiteLLM makes an empty answer."""
+    if exchange.status and provider_page(exchange):
+        raise ProxyError(502, str(provider_page(exchange)))
 
 
 def provider_page(exchange: Exchange) -> str | None:
@@ -1885,6 +2310,8 @@ def whole_answer(result: Any, model: str) -> bytes:
         copy = result.model_copy(update={"model": name}) if hasattr(result, "model") else result
         return str(copy.model_dump_json(exclude_none=True)).encode()
     document = {key: value for key, value in result.items() if key != "_hidden_params"}
+    if document.get("type") == "error":
+        raise event_error(b"data:" + json.dumps(document).encode())
     return json.dumps({**document, "model": name} if "model" in document else document).encode()
 
 
@@ -1900,19 +2327,25 @@ class Upstream:
     """Where the LiteLLM server is: parses its URL and opens connections to it."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:
+            parts = urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise StartError(f"--litellm-url must be http://HOST:PORT or https://…, not {url!r}")
-        self.url, self.host, self.prefix = url.rstrip("/"), parts.hostname, parts.path.rstrip("/")
-        self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.authority = parts.netloc.rpartition("@")[2]
+        self.host, self.prefix, self.authority = parts.hostname, parts.path.rstrip("/"), parts.netloc.rpartition("@")[2]
+        self.url = f"{parts.scheme}://{self.authority}{self.prefix}"  # without credentials: it is shown
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
 
     def connect(self) -> socket.socket:
-        """A new connection, with Nagle's algorithm off; raises OSError."""
-        sock = socket.create_connection((self.host, self.port), CONNECT_SECONDS)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self._tls.wrap_socket(sock, server_hostname=self.host) if self._tls else sock
+        """A new connection, with Nagle's algorithm off; raises ProxyError 503 where there is none to be had."""
+        try:
+            sock = socket.create_connection((self.host, self.port), CONNECT_SECONDS)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return self._tls.wrap_socket(sock, server_hostname=self.host) if self._tls else sock
+        except OSError as error:
+            raise unavailable(f"the LiteLLM server at {self.url} cannot be reached ({error})") from None
 
 
 class Pool:
@@ -1923,7 +2356,7 @@ class Pool:
         self._idle: deque[tuple[socket.socket, float]] = deque()
 
     def take(self) -> tuple[socket.socket, bool]:
-        """A connection, and whether it was used before; raises OSError where none can be made."""
+        """A connection, and whether it was used before; raises ProxyError 503 where none can be made."""
         while True:
             with self._lock:
                 if not self._idle:
@@ -1958,6 +2391,11 @@ def readable(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
+# Linux tells a closed half from data that waits to be read; elsewhere (macOS) only the close of both halves is seen.
+CLOSED: int = getattr(select, "POLLRDHUP", select.POLLHUP)
+BAD_ANSWER = "the LiteLLM server's answer is malformed"
+
+
 class Stale(Exception):
     """A connection out of the pool was closed before the first byte of an answer: a new one may do."""
 
@@ -1967,64 +2405,74 @@ class Connection:
 
     Args:
         timeout: seconds that the server may be silent.
+        reused: it comes out of the pool, and may turn out to be `Stale`.
     """
 
     def __init__(self, sock: socket.socket, peer: Peer, timeout: float, reused: bool) -> None:
-        self.sock, self._peer, self._timeout, self._reused = sock, peer, timeout, reused
-        self._watched = peer.fileno() >= 0
+        self.sock, self._peer, self._timeout, self.reused = sock, peer, timeout, reused
         self.reader = Reader(self._receive)
+        self.peek: tuple[int, str, int, Headers] | None = None  # a head that was read before its turn
         self._answered = False
+        self._sent_at = 0.0
+        sock.settimeout(timeout)
 
     def _receive(self) -> bytes:
         """Wait for the server, and for the client to go away."""
-        self._wait()
+        if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):
+            self._wait(select.POLLIN)
         try:
             data = self.sock.recv(RECEIVE_BYTES)
         except OSError:
             data = b""
-        if not data and not self._answered and self._reused:
+        if not data and not self._answered and self.reused and time.monotonic() - self._sent_at < STALE_SECONDS:
             raise Stale
         self._answered = True
         return data
 
-    def _wait(self) -> None:
-        if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
-            return
+    def _wait(self, events: int) -> int:
+        """Wait until the server's socket is ready for one of these events; returns those that it is ready for."""
         deadline = time.monotonic() + self._timeout
         poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        if self._watched:
-            poll.register(self._peer.fileno(), select.POLLIN)
+        poll.register(self.sock, events)
+        client = self._peer.fileno()
+        if client >= 0:
+            poll.register(client, select.POLLIN | CLOSED)
         while True:
-            ready = [descriptor for descriptor, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
+            ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
             if not ready:
                 raise ProxyError(504, f"the LiteLLM server sent nothing for {self._timeout:g} s")
             if self.sock.fileno() in ready:
-                return
+                return ready[self.sock.fileno()]
             state = self._peer.state()
             if state == "gone":
                 raise ClientGone
-            if state == "talking":  # its next request waits: from here on it is not seen to leave
-                self._watched = False
-                poll.unregister(self._peer.fileno())
+            if state == "talking":  # its next request waits, and would wake us for ever: watch for its close alone
+                poll.modify(client, CLOSED)
 
-    def send(self, data: bytes) -> None:
-        """Send to the server; raises OSError."""
-        self.sock.settimeout(self._timeout)
-        self.sock.sendall(data)
+    def send(self, data: bytes) -> bool:
+        """Send to the server; False where it answers or closes before it has taken everything. Raises ClientGone."""
+        left = memoryview(data)
+        early = 0 if isinstance(self.sock, ssl.SSLSocket) else select.POLLIN  # TLS has messages of its own
+        while left:
+            if self._wait(select.POLLOUT | early) & ~select.POLLOUT:
+                return False
+            try:
+                left = left[self.sock.send(left) :]
+            except (BrokenPipeError, ConnectionResetError):
+                return False
+        self._sent_at = time.monotonic()
+        return True
 
     def head(self) -> tuple[int, str, int, Headers]:
         """Status, reason phrase, minor version and headers of the next answer, interim ones included."""
-        head = self.reader.head()
+        try:
+            head = self.reader.head()
+        except ProxyError as error:
+            raise ProxyError(error.status if error.status == 504 else 502, BAD_ANSWER) from None
         line, _, lines = (head or b"").decode("latin-1").partition("\r\n")
         match = STATUS_LINE.fullmatch(line)
         if match is None or not FIELD_LINES.fullmatch(lines):
-            raise ProxyError(
-                502,
-                "the LiteLLM server closed the connection"
-                if head is None
-                else "the LiteLLM server's answer is malformed",
-            )
+            raise ProxyError(502, "the LiteLLM server closed the connection" if head is None else BAD_ANSWER)
         minor, status, reason = match.groups()
         return int(status), reason or "", int(minor), Headers.parse(lines.split("\r\n") if lines else [])
 
@@ -2061,22 +2509,21 @@ class BinaryBackend:
             raise unavailable(reason)
         refuse_smuggled_headers(request)
         head = self._head(request, route)
-        while True:
-            try:
-                sock, reused = self._pool.take()
-            except OSError as error:
-                raise unavailable(f"the LiteLLM server at {self._upstream.url} cannot be reached ({error})") from None
-            connection = Connection(sock, request.peer, self._timeout, reused)
-            try:
-                return self._exchange(connection, request, head)
-            except Stale:
-                sock.close()
-            except OSError as error:
-                sock.close()
-                raise ProxyError(502, f"the connection to the LiteLLM server broke ({error})") from None
-            except BaseException:
-                sock.close()
-                raise
+        try:
+            return self._attempt(request, head, *self._pool.take())
+        except Stale:
+            return self._attempt(request, head, self._upstream.connect(), False)
+
+    def _attempt(self, request: Request, head: bytes, sock: socket.socket, reused: bool) -> Response:
+        """One try on one connection; raises `Stale` where another may do."""
+        try:
+            return self._exchange(Connection(sock, request.peer, self._timeout, reused), request, head)
+        except OSError as error:
+            sock.close()
+            raise ProxyError(502, f"the connection to the LiteLLM server broke ({error})") from None
+        except BaseException:
+            sock.close()
+            raise
 
     def _head(self, request: Request, route: Route) -> bytes:
         """The request head for the server: the client's own but for what a proxy changes."""
@@ -2097,63 +2544,58 @@ class BinaryBackend:
 
     def _exchange(self, connection: Connection, request: Request, head: bytes) -> Response:
         """Send the request and read the answer's head; its body is read as the front asks for it."""
-        early = self._send(connection, request, head)
-        status, reason, minor, headers = early or self._final_head(connection, request)
+        whole = self._send(connection, request, head)
+        status, reason, minor, headers = self._final_head(connection, request)
         if status == 101:
+            if not request.upgrade:
+                raise ProxyError(502, BAD_ANSWER)
             return self._tunnel(connection, status, reason, headers)
         framing = response_framing(request.method, status, headers)
-        keep = minor == 1 and framing != UNTIL_CLOSE and "close" not in headers.tokens("connection") and not early
-        fields = list(headers.end_to_end(("x-request-id",)))
+        keep = whole and minor == 1 and framing != UNTIL_CLOSE and "close" not in headers.tokens("connection")
+        fields = list(headers.end_to_end(("x-request-id", "content-length" if framing == CHUNKED else "")))
         if framing == BODILESS:
             self._finish(connection, keep)
-            return Response(status, fields, b"", reason=reason)
+            return Response(status, fields, b"", reason=reason, bodiless=True)
         body = self._body(connection, framing, keep)
         return Response(status, fields, body, framing if framing > 0 else None, reason)
 
-    def _send(self, connection: Connection, request: Request, head: bytes) -> tuple[int, str, int, Headers] | None:
-        """Send head and body; an answer that came instead of a 100 (Continue) is returned, the body then unsent."""
+    def _send(self, connection: Connection, request: Request, head: bytes) -> bool:
+        """Send head and body; False where the server answered before it had all of the body."""
         framing = request.body.framing
-        if request.headers.tokens("expect") == ["100-continue"] and framing:
-            connection.send(head)
-            refusal = self._await_continue(connection, request)
-            if refusal:
-                return refusal
+        if framing and request.headers.tokens("expect") == ["100-continue"]:
+            if not connection.send(head) or not self._may_continue(connection, request):
+                return False
             head = b""
         if 0 <= framing <= RECEIVE_BYTES or not is_form(request):
             data = request.body.read()  # small, or looked into already: one write, and it can be sent again
-            framed = (chunk(data) if data else b"") + LAST_CHUNK if framing == CHUNKED else data
-            self._send_or_answer(connection, head + framed)
-            return None
-        connection._reused = False  # a body that is not kept cannot be sent again
+            framed = ((chunk(data) if data else b"") + LAST_CHUNK) if framing == CHUNKED else data
+            return connection.send(head + framed)
+        connection.reused = False  # a body that is not kept cannot be sent again
         for piece in request.body.pieces():
-            self._send_or_answer(connection, head + (chunk(piece) if framing == CHUNKED else piece))
+            if not connection.send(head + (chunk(piece) if framing == CHUNKED else piece)):
+                return False
             head = b""
-        self._send_or_answer(connection, head + (LAST_CHUNK if framing == CHUNKED else b""))
-        return None
+        return connection.send(LAST_CHUNK if framing == CHUNKED else b"")
 
     @staticmethod
-    def _send_or_answer(connection: Connection, data: bytes) -> None:
-        """Send, unless the server has closed: then it may have answered early, and the answer is read next."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.send(data)
-
-    def _await_continue(self, connection: Connection, request: Request) -> tuple[int, str, int, Headers] | None:
-        """Wait for the server's word on ``Expect: 100-continue`` and pass it on (RFC 9110 §10.1.1)."""
+    def _may_continue(connection: Connection, request: Request) -> bool:
+        """Wait for the server's word on ``Expect``; False where it answers for good (RFC 9110 §10.1.1)."""
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)
         if not poll.poll(CONTINUE_SECONDS * 1000):
-            return None
-        answer = connection.head()
-        if answer[0] >= 200:
-            return answer
-        request.peer.interim(answer[0], answer[3])
-        return None
+            return True
+        connection.peek = connection.head()
+        if connection.peek[0] != 100:
+            return False
+        request.peer.interim(100, connection.peek[3])
+        connection.peek = None
+        return True
 
     @staticmethod
     def _final_head(connection: Connection, request: Request) -> tuple[int, str, int, Headers]:
         """The head of the final answer; interim ones are passed on."""
         while True:
-            answer = connection.head()
+            answer, connection.peek = connection.peek or connection.head(), None
             if answer[0] >= 200 or answer[0] == 101:
                 return answer
             if answer[0] != 100:  # a 100 nobody waits for any more
@@ -2163,6 +2605,8 @@ class BinaryBackend:
         """The answer's body; the connection goes back to the pool at its end, and is closed if it breaks off."""
         done = False
         try:
+            if not connection.reader.buffered:
+                yield b""  # the head leaves at once, however long the first byte of the body takes
             yield from connection.reader.body(framing)
             done = True
         except ProxyError as error:
@@ -2181,8 +2625,9 @@ class BinaryBackend:
         """A 101: from here on bytes flow both ways, whatever they are."""
         fields = [*headers.end_to_end(), ("Connection", "Upgrade"), ("Upgrade", headers.get("upgrade"))]
 
-        def tunnel(client: socket.socket) -> None:
+        def tunnel(client: socket.socket, early: bytes) -> None:
             with connection.sock:
+                connection.sock.sendall(early)
                 first = connection.reader.some(RECEIVE_BYTES) if connection.reader.buffered else b""
                 client.sendall(first)
                 pump(client, connection.sock)
@@ -2210,16 +2655,20 @@ def unavailable(reason: str) -> ProxyError:
     return ProxyError(503, reason, headers=[("Retry-After", str(RETRY_AFTER_SECONDS))])
 
 
+FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
 def is_form(request: Request) -> bool:
-    """Whether the body is a form, such as an upload: the only kind that is not read before it is forwarded."""
-    return "form" in request.headers.get("content-type").lower()
+    """Whether LiteLLM's server will read the body as a form, such as an upload: all else it takes for JSON."""
+    given = request.headers.values("content-type")
+    return len(given) == 1 and given[0].partition(";")[0].strip().lower() in FORM_TYPES
 
 
 def refuse_smuggled_headers(request: Request) -> None:
     """Refuse a body that would make LiteLLM's server replace the headers that we inject.
 
     The server merges a body's ``extra_headers`` over the forwarded ones (measured with 1.106.2), the memory id
-    included, and it takes for JSON whatever is no form.
+    included, and so it does with the headers of a fallback. Forms are not looked into: it reads no headers there.
 
     Raises:
         ProxyError: 400.
@@ -2227,16 +2676,12 @@ def refuse_smuggled_headers(request: Request) -> None:
     if not request.body.framing or is_form(request):
         return
     data = request.body.read()
-    if not any(hint in data for hint in (b"extra_headers", b"provider_specific_header", b"\\u")):
+    if not any(hint in data for hint in (b"extra_headers", b"provider_specific_header", b"fallbacks", b"\\u")):
         return
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        return  # the server refuses it in its own words
-    if isinstance(document, dict):
-        for name, value in document.items():
-            if name in HEADER_PARAMS or (name.endswith("fallbacks") and "extra_headers" in json.dumps(value)):
-                raise not_for_clients(name)
+    document = parse_json(data)
+    for name, value in document.items() if isinstance(document, dict) else ():
+        if name in HEADER_PARAMS or (name.endswith("fallbacks") and re.search(r'headers?"', json.dumps(value))):
+            raise not_for_clients(name)
 
 
 def pump(left: socket.socket, right: socket.socket) -> None:
@@ -2301,16 +2746,17 @@ class LitellmServer:
                 )
         self._thread.start()
 
-    def wait(self) -> None:
-        """Return when the server answers.
+    def wait(self, stopped: Callable[[], bool]) -> None:
+        """Return when the server answers, or when the program is to stop.
 
         Raises:
             StartError: it did not within `CHILD_READY_SECONDS`.
         """
-        if not self._up.wait(CHILD_READY_SECONDS) and not self._stopping.is_set():
-            raise StartError(
-                f"the LiteLLM server did not get ready within {CHILD_READY_SECONDS:g} s; its output is above"
-            )
+        deadline = time.monotonic() + CHILD_READY_SECONDS
+        while not self._up.wait(0.1) and not stopped():
+            if time.monotonic() > deadline:
+                limit = f"{CHILD_READY_SECONDS:g} s"
+                raise StartError(f"the LiteLLM server did not get ready within {limit}; its output is above")
 
     def down(self) -> str | None:
         """Why the server cannot be asked right now; None where it can."""
@@ -2346,7 +2792,8 @@ class LitellmServer:
         )
         if self._stopping.is_set():  # `stop` came while it was being started, and may have seen none
             self._process.terminate()
-        threading.Thread(target=self._await_ready, args=(self._process,), daemon=True).start()
+        for watch in (self._await_ready, self._await_death):
+            threading.Thread(target=watch, args=(self._process,), daemon=True).start()
         assert self._process.stdout
         for line in self._process.stdout:
             self._log.event("INFO", "litellm", "output", message=line.decode("utf-8", "replace").rstrip())
@@ -2368,6 +2815,13 @@ class LitellmServer:
                 shown = passed
                 self._log.event("INFO", "litellm", "starting", message=f"waiting for the LiteLLM server ({passed} s)")
             self._stopping.wait(0.25)
+
+    def _await_death(self, process: subprocess.Popen[bytes]) -> None:
+        """Say at once that the server is down, and end what it leaves behind, which may hold on to its output."""
+        process.wait()
+        self._up.clear()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """Take the server down: SIGTERM to its group, SIGKILL to what is left after `CHILD_STOP_SECONDS`."""
@@ -2515,7 +2969,7 @@ class Application:
 
     def _error(self, error: ProxyError, request: Request) -> Response:
         """The error in the dialect of the path, without secrets."""
-        error.message = self._log.redact(error.message)
+        error.redact(self._log.redact)
         return json_response(error.status, error.body(dialect_of(request.path)), error.headers)
 
     def _record(self, request: Request, route: Route, status: int, began: float, *, own: bool) -> None:
@@ -2525,7 +2979,7 @@ class Application:
             "answered" if status != 499 else "client_gone",
             request_id=request.id,
             method=request.method,
-            path=request.path,
+            path=request.path[:MAX_LOGGED],
             user_id=route.user_id or None,
             backend=None if own else self._backend.name,
             status=status,
@@ -2595,15 +3049,22 @@ class ClientPeer:
     def state(self) -> str:
         """See `Peer`; a client that has shut down its half counts as gone, as in nginx."""
         try:
-            if not readable(self._sock):
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN | CLOSED)
+            events = sum(flags for _, flags in poll.poll(0))
+            if not events:
                 return "quiet"
-            return "talking" if self._sock.recv(1, socket.MSG_PEEK) else "gone"
+            closed = events & (CLOSED | select.POLLHUP | select.POLLERR | select.POLLNVAL)
+            return "gone" if closed or not self._sock.recv(1, socket.MSG_PEEK) else "talking"
         except (OSError, ValueError):
             return "gone"
 
     def interim(self, status: int, headers: Headers) -> None:
         """Send an interim response."""
-        self._sock.sendall(head_bytes(f"HTTP/1.1 {status} {reason_phrase(status)}", headers.end_to_end()))
+        try:
+            self._sock.sendall(head_bytes(f"HTTP/1.1 {status} {reason_phrase(status)}", headers.end_to_end()))
+        except OSError:
+            raise ClientGone from None
 
 
 class ClientBody:
@@ -2663,7 +3124,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._deadline: float | None = None
         self._reader = Reader(self._receive)
         self._peer = ClientPeer(self.connection)
-        self._interim_sent = False
+        self._interim_sent, self._minor_version = False, 1
 
     def _receive(self) -> bytes:
         """The client's next bytes; raises ProxyError 408 where it takes too long over a head or a body."""
@@ -2673,6 +3134,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.connection.recv(RECEIVE_BYTES)
         except TimeoutError:
             raise ProxyError(408, "the request took too long to arrive") from None
+        except OSError:
+            raise ClientGone from None
 
     def handle(self) -> None:
         """Serve requests until the connection is to be closed."""
@@ -2692,15 +3155,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             response = self.server.application.answer(request)
-        except ProxyError as error:  # the head itself was unusable, or never came
-            self._refuse(error)
-            return
-        assert isinstance(request.body, ClientBody)
-        # What is left of a body that nobody wanted would be taken for the next request.
-        self.close_connection |= not request.body.finished
-        self._send(request, response)
-        if not request.body.finished:
-            self._linger()
+            assert isinstance(request.body, ClientBody)
+            # What is left of a body that nobody wanted would be taken for the next request.
+            self.close_connection |= not request.body.finished
+            self._send(request, response)
+            if not request.body.finished:
+                self._linger()
+        except ProxyError as error:  # the head was unusable, or never came, or the answer broke off before it began
+            self._refuse(error, dialect_of(request.path) if request else OPENAI)
 
     def _read_request(self) -> Request | None:
         """The next request, or None where the client has closed or stayed idle."""
@@ -2722,26 +3184,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         expects = headers.tokens("expect")
         if expects and expects != ["100-continue"]:
             raise ProxyError(417, "Expect can only be 100-continue")
-        self._interim_sent = False
+        self._interim_sent, self._minor_version = False, minor
         body = ClientBody(self._reader, framing, self._continue if expects and minor else None)
         self._peer.interim = self._interim  # type: ignore[method-assign]
         return Request(method, target, headers, body, self._peer, minor)
 
     def _interim(self, status: int, headers: Headers) -> None:
-        """An interim response that came from upstream."""
-        self._interim_sent |= status == 100
-        ClientPeer.interim(self._peer, status, headers)
+        """Pass an interim response on, a 100 once only, and none to HTTP/1.0 (RFC 9110 §15.2)."""
+        if self._minor_version and not (status == 100 and self._interim_sent):
+            self._interim_sent |= status == 100
+            ClientPeer.interim(self._peer, status, headers)
 
     def _continue(self) -> None:
         """Ask a client that waits for it to send its body (RFC 9110 §10.1.1)."""
-        if not self._interim_sent:
-            self._interim(100, Headers(()))
+        self._interim(100, Headers(()))
 
-    def _refuse(self, error: ProxyError) -> None:
-        """Answer a request that could not be read, and close."""
+    def _refuse(self, error: ProxyError, dialect: str) -> None:
+        """Answer a request that could not be read, or not be served, and close."""
         self.close_connection = True
         self.server.refused(error)
-        response = json_response(error.status, error.body(OPENAI), error.headers)
+        response = json_response(error.status, error.body(dialect), error.headers)
         fields = [*response.headers, ("Content-Length", str(len(response.body))), ("Connection", "close")]  # type: ignore[arg-type]
         self._write(head_bytes(f"HTTP/1.1 {error.status} {reason_phrase(error.status)}", fields) + response.body)  # type: ignore[operator]
         self._linger()
@@ -2753,8 +3215,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields = list(response.headers)
         chunked = False
         if isinstance(body, bytes):
-            has_length = any(name.lower() == "content-length" for name, _ in fields)
-            if not has_length and response.status >= 200 and response.status not in NO_BODY_STATUS:
+            if not response.bodiless and response.tunnel is None:
                 fields.append(("Content-Length", str(len(body))))
         elif response.length is None:
             chunked = request.minor_version >= 1
@@ -2773,17 +3234,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if response.tunnel:
             self.close_connection = True
             self.connection.settimeout(None)
-            response.tunnel(self.connection)
+            response.tunnel(self.connection, self._reader.some(RECEIVE_BYTES) if self._reader.buffered else b"")
 
     def _stream(self, head: bytes, body: Iterator[bytes], chunked: bool) -> None:
         """Write an answer as it comes. One that breaks off leaves the connection closed without its end marked."""
         try:
             for data in body:
-                self._write(head + (chunk(data) if chunked else data))
+                self._write(head + (chunk(data) if chunked and data else data))
                 head = b""
             self._write(head + (LAST_CHUNK if chunked else b""))
-        except ProxyError:  # the head is out: all that is left to say is that the body is not whole
-            self.close_connection = True
+        except ProxyError:
+            if head:
+                raise
+            self.close_connection = True  # the head is out: all that is left to say is that the body is not whole
             raise ClientGone from None
         finally:
             body.close()  # type: ignore[attr-defined]
@@ -2871,7 +3334,9 @@ class Front(http.server.ThreadingHTTPServer):
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
-        self._thread = threading.Thread(target=self.serve_forever, name=f"front {address[1]}", daemon=True)
+        self._thread = threading.Thread(
+            target=self.serve_forever, args=(ACCEPT_SECONDS,), name=f"front {address[1]}", daemon=True
+        )
 
     def server_bind(self) -> None:
         """Bind without http.server's look-up of the host's name, which may wait for DNS."""
@@ -2956,6 +3421,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--sdk-port", metavar="N", type=port_number, help=f"sdk's port under --mode both (default: {DEFAULT_SDK_PORT})")
     add("--litellm-url", metavar="URL", help="a LiteLLM server that already runs: none is started")
+    add("--cookie-file", metavar="PATH", help="keep sdk mode's cookies here over restarts (default: in memory only)")
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+    level = (os.environ.get("LOG_LEVEL") or "INFO").upper()
+    add(
+        "--log-level",
+        choices=levels,
+        default=level,
+        type=str.upper,
+        help="what is logged (default: LOG_LEVEL, else INFO)",
+    )
     server_port = "the port of the LiteLLM server that is started (default: %(default)s)"
     add("--litellm-port", metavar="N", type=port_number, default=DEFAULT_LITELLM_PORT, help=server_port)
     return parser
@@ -2980,6 +3455,7 @@ class Settings:
     litellm_url: str | None
     litellm_port: int
     sdk_on_main: bool
+    cookie_file: str | None
 
     @property
     def needs_server(self) -> bool:
@@ -3024,6 +3500,7 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
         litellm_url=arguments.litellm_url,
         litellm_port=arguments.litellm_port,
         sdk_on_main=mode == "both" and flags[str(experimental.get("use_sdk_proxy")).lower()] is True,
+        cookie_file=arguments.cookie_file,
     )
 
 
@@ -3039,8 +3516,8 @@ def needs_server(argv: Sequence[str]) -> bool:
 class Program:
     """The running proxy: its backends, its fronts, and their end."""
 
-    def __init__(self, settings: Settings, config: Config, log: Log) -> None:
-        self._settings, self._config, self._log = settings, config, log
+    def __init__(self, settings: Settings, config: Config, log: Log, stopped: Callable[[], bool]) -> None:
+        self._settings, self._config, self._log, self._stopped = settings, config, log, stopped
         self._metrics = Metrics()
         self._server: LitellmServer | None = None
         self._backends: dict[str, Backend] = {}
@@ -3064,14 +3541,24 @@ class Program:
         for front in self._fronts:
             front.start()
         if self._server:
-            self._server.wait()
+            self._server.wait(self._stopped)
+        if self._stopped():
+            return
         for (name, _), front in zip(plan, self._fronts, strict=True):
             print(f"ready: {name} {front.url}", flush=True)
 
     def _backend(self, name: str, binary_url: str | None) -> Backend:
         if name == "sdk":
             self._log.event("INFO", "sdk", "starting", message="loading LiteLLM (3 to 10 s)")
-            return SdkBackend(self._config, self._log)
+            try:
+                return SdkBackend(self._config, self._log, self._settings.cookie_file)
+            except StartError:
+                raise
+            except Exception as error:  # LiteLLM checks its sections with whatever exception comes to hand
+                said = plain_message(error).split("\n")[0]
+                raise StartError(
+                    f"{self._config.path}: LiteLLM refuses this config: {type(error).__name__}: {said}"
+                ) from None
         assert binary_url
         return BinaryBackend(self._config, binary_url, self._server.down if self._server else lambda: None)
 
@@ -3128,20 +3615,20 @@ def serve(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config)
     settings = settle(arguments, config)
     terminal = sys.stderr.isatty()
-    log = Log(sys.stderr, as_json=not terminal, redact=Redactor(config.secrets | environment_secrets()))
+    level = getattr(logging, arguments.log_level)
+    log = Log(sys.stderr, as_json=not terminal, redact=Redactor(config.secrets | environment_secrets()), level=level)
     for warning in config.warnings:
         log.event("WARNING", "config", "warning", message=str(warning))
-    stop = threading.Event()
+    stop: SimpleQueue[None] = SimpleQueue()  # put is safe in a signal handler, whatever it interrupts
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    program = Program(settings, config, log)
+        signal.signal(number, lambda *_: stop.put(None))
+    program = Program(settings, config, log, stopped=lambda: not stop.empty())
     try:
         program.start()
         guide = Log(sys.stdout, as_json=not sys.stdout.isatty(), redact=log.redact)
-        for line in program.guide():
+        for line in program.guide() if stop.empty() else ():
             print(line, flush=True) if sys.stdout.isatty() else guide.event("INFO", "guide", "start", message=line)
-        while not stop.wait(3600):
-            pass
+        stop.get()
         log.event("INFO", "program", "stopping")
     finally:
         program.stop()
@@ -3179,7 +3666,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[arguments.command](arguments)
     except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {Redactor(environment_secrets())(str(error))}", file=sys.stderr)
         return 2
 
 
