@@ -6,7 +6,14 @@
 #   "litellm>=1.100.0,<2",
 #   "httpx>=0.27,<1",
 #   "pyyaml>=6.0",
+#   "backoff",
+#   "fastapi",
+#   "mcp",
+#   "orjson",
+#   "redis",
+#   "soundfile",
 # ]
+# The last six are LiteLLM's: its SDK imports them without asking for them (see LITELLM_UNDECLARED).
 # ///
 """A local proxy that gives every AI client a memory of its own.
 
@@ -67,6 +74,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http import HTTPStatus
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -1704,6 +1713,10 @@ LITELLM_INTERNALS = (
     ("litellm", "Router.get_valid_args", "router_settings"),
 )
 
+# What LiteLLM's SDK imports without declaring it (BerriAI/litellm#18193, #32993): without them /v1/messages, tool calls
+# and /v1/responses fail with a ModuleNotFoundError. `litellm[proxy]` brings them all, and 300 MB more.
+LITELLM_UNDECLARED = ("backoff", "fastapi", "mcp", "orjson", "redis", "soundfile")
+
 LITELLM_ENVIRONMENT = {  # set before the import, unless the user has set them
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else three attempts to fetch a price list hold up the start
     "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",  # else the first Anthropic call waits for a fetch from GitHub
@@ -2156,12 +2169,16 @@ def import_litellm(log: Log) -> Any:
         raise StartError(f"sdk mode needs LiteLLM ({error}): pip install litellm") from None
     for module, attribute, purpose in LITELLM_INTERNALS:
         try:
-            found: Any = __import__(module, fromlist=["_"])
+            found: Any = import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError):
             version = version_of("litellm")
             raise StartError(f"LiteLLM {version} has no {module}.{attribute}, needed for {purpose}") from None
+    absent = [name for name in LITELLM_UNDECLARED if find_spec(name) is None]
+    if absent:
+        hint = f"LiteLLM needs more for /v1/messages, /v1/responses and tools: pip install {' '.join(absent)}"
+        log.event("WARNING", "sdk", "undeclared", message=hint)
     warnings.filterwarnings("ignore", module="pydantic")  # LiteLLM's models do not always fit what it puts in them
     litellm.suppress_debug_info = True
     litellm.disable_hf_tokenizer_download = True  # it would hold the loop, and with it every client, for half a minute
@@ -2735,8 +2752,6 @@ class LitellmServer:
         Raises:
             StartError: its package is not installed, or its port is taken.
         """
-        from importlib.util import find_spec
-
         if not (find_spec("litellm") and find_spec("fastapi")):
             raise StartError("binary mode needs LiteLLM's server: pip install 'litellm[proxy]', or --litellm-url URL")
         with socket.socket() as probe:

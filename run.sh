@@ -3,12 +3,14 @@
 #
 #   ./run.sh [ARGUMENTS]   start the proxy; arguments go to litellm_memory_proxy.py (--help lists them)
 #   ./run.sh test [ARGS]   run test_proxy.py; ARGS go to pytest
+#   ./run.sh oldest        the session's tests on the oldest LiteLLM that the metadata allows, in .venv-oldest
 #   ./run.sh lint          ruff and mypy --strict
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 module=$here/litellm_memory_proxy.py
 venv=${VENV:-$here/.venv}
+[ "${1-}" = oldest ] && venv=$here/.venv-oldest
 py=$venv/bin/python
 stamp=$venv/.installed # the requirements that are there, one a line: a second start installs nothing
 
@@ -64,15 +66,24 @@ need_lines() { # need WHAT, with the requirements from standard input, one a lin
 }
 
 make_venv
-requirements | need_lines "the proxy (350 MB, about a minute)"
+if [ "${1-}" = oldest ]; then
+    { requirements | sed 's/^litellm>=\([0-9.]*\).*/litellm==\1/'; echo 'pytest>=8,<10'; } |
+        need_lines "the oldest LiteLLM that the metadata allows (450 MB)"
+else
+    requirements | need_lines "the proxy (450 MB, about a minute)"
+fi
 
 case ${1-} in
 test)
     shift
-    server_requirement | need_lines "LiteLLM's server, for binary mode (450 MB more)"
+    server_requirement | need_lines "LiteLLM's server, for binary mode (300 MB more)"
     need "the tests' tools" 'pytest>=8,<10' 'openai' 'anthropic'
     cd "$here"
     exec "$py" -m pytest test_proxy.py "$@"
+    ;;
+oldest)
+    cd "$here"
+    exec "$py" -m pytest test_proxy.py -k "session or challenge or cookie or connections_to_a_provider"
     ;;
 lint)
     need "the linters" 'ruff==0.17.*' 'mypy==2.4.*' 'types-PyYAML' 'pytest>=8,<10'
@@ -86,7 +97,7 @@ lint)
     [ -e config.yaml ] || export CONFIG_PATH="${CONFIG_PATH:-$here/config.yaml}"
     if "$py" -c 'import sys; sys.path.insert(0, sys.argv[1])
 import litellm_memory_proxy as proxy; sys.exit(not proxy.needs_server(sys.argv[2:]))' "$here" "$@" 2>/dev/null; then
-        server_requirement | need_lines "LiteLLM's server, for binary mode (450 MB more)"
+        server_requirement | need_lines "LiteLLM's server, for binary mode (300 MB more)"
     fi
     exec "$py" "$module" "$@"
     ;;
