@@ -1843,12 +1843,11 @@ class SdkBackend:
 
     name = "sdk"
 
-    def __init__(self, config: Config, log: Log, cookie_file: str | None = None) -> None:
-        self._config, self._log = config, log
+    def __init__(self, config: Config, log: Log, session: Session) -> None:
+        self._config, self._log, self.session = config, log, session
         self._bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
         self._litellm = import_litellm(log)
         self._own_params = frozenset(self._litellm.types.utils.all_litellm_params) | FORBIDDEN_PARAMS
-        self.session = Session(cookie_file, log)
         self.session.install(http_transports())
         self._bridge.start()
         apply_litellm_settings(self._litellm, config, log)
@@ -3566,7 +3565,7 @@ class Program:
         if name == "sdk":
             self._log.event("INFO", "sdk", "starting", message="loading LiteLLM (3 to 10 s)")
             try:
-                return SdkBackend(self._config, self._log, self._settings.cookie_file)
+                return SdkBackend(self._config, self._log, Session(self._settings.cookie_file, self._log))
             except StartError:
                 raise
             except Exception as error:  # LiteLLM checks its sections with whatever exception comes to hand

@@ -471,6 +471,7 @@ def sdk(shared_provider: Provider) -> Iterator[Proxy]:
         model("twice", "openai/gpt-one", f"{shared_provider.url}/v1"),
         model("twice", "openai/gpt-two", f"{shared_provider.url}/v1"),
         model("anthropic/*", "anthropic/*", shared_provider.url, ANTHROPIC_KEY),
+        model("custom", "my-own-name", f"{shared_provider.url}/v1", custom_llm_provider="openai"),
         model("shaky", "openai/gpt-shaky", f"{shared_provider.url}/v1"),
         model("half", "openai/gpt-4o-mini", f"{shared_provider.url}/v1", "os.environ/UNSET_KEY"),
         model("half", "openai/gpt-4o-mini", f"{shared_provider.url}/v1"),
@@ -1272,7 +1273,8 @@ def test_connections_that_fail_are_502_or_504(
     provider.script = lambda _got: Reply(b"{}", hold=3)
     response = sdk.post(path, body_for(path, name, stream=stream))
     assert response.status_code == status, response.text
-    assert response.json()["error"]["message"]
+    message = response.json()["error"]["message"]
+    assert {"refused": "127.0.0.1:", "nowhere": "host.invalid", "slow": "in time"}[name] in message
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
@@ -1293,6 +1295,7 @@ def test_several_deployments_wildcards_and_fallbacks(sdk: Proxy, provider: Provi
     assert {got.body["model"] for got in provider.got} == {"gpt-one", "gpt-two"}
     assert sdk.chat("anthropic/claude-opus-4-1").json()["model"] == "anthropic/claude-opus-4-1"
     assert provider.last.body["model"] == "claude-opus-4-1"
+    assert sdk.chat("custom").status_code == 200 and provider.last.body["model"] == "my-own-name"
 
     provider.script = lambda got: usual_answer(got) if "claude" in got.body["model"] else Reply(b"{}", 500)
     answer = sdk.chat("shaky")
@@ -1472,6 +1475,53 @@ def test_every_beta_of_a_client_reaches_anthropic(sdk: Proxy, provider: Provider
         assert {"claude-code-20250219", "unheard-of-2099"} <= set(
             str(provider.last.header("anthropic-beta")).split(",")
         )
+
+
+TOOL_PARTS = ['{"ci', 'ty": "Os', 'lo"}']
+
+
+def tool_stream(got: Got) -> Reply:
+    """A tool call whose arguments come in three parts, after some thinking where the API has it."""
+    if got.path.endswith("/messages"):
+        start = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {}}
+        thoughts = [{"type": "thinking_delta", "thinking": "hm"}, {"type": "signature_delta", "signature": "c2ln"}]
+        blocks: list[tuple[dict[str, Any], list[dict[str, str]]]] = [
+            ({"type": "thinking", "thinking": "", "signature": ""}, thoughts),
+            (start, [{"type": "input_json_delta", "partial_json": part} for part in TOOL_PARTS]),
+        ]
+        events: list[dict[str, Any]] = []
+        for index, (block, deltas) in enumerate(blocks):
+            events.append({"type": "content_block_start", "index": index, "content_block": block})
+            events += [{"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas]
+            events.append({"type": "content_block_stop", "index": index})
+        first, _, _, *_, last = anthropic_stream(["x"])
+        stop = {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 9}}
+        return Reply(parts=[first, *(sse(event, event["type"]) for event in (*events, stop)), last], headers=SSE)
+    first_part = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": ""}}
+    parts = [openai_chunk({"role": "assistant", "content": None, "tool_calls": [first_part]})]
+    parts += [openai_chunk({"tool_calls": [{"index": 0, "function": {"arguments": part}}]}) for part in TOOL_PARTS]
+    return Reply(parts=[*parts, openai_chunk({}, "tool_calls"), b"data: [DONE]\n\n"], headers=SSE)
+
+
+@pytest.mark.parametrize(("path", "name"), DIALECTS[:3])
+def test_streamed_tool_calls_and_thinking_arrive_whole(sdk: Proxy, provider: Provider, path: str, name: str) -> None:
+    provider.script = tool_stream
+    text = sdk.post(path, body_for(path, name, stream=True)).text
+    documents = [json.loads(data) for data in re.findall(r"^data: (\{.*)$", text, re.M)]
+    if path == MESSAGES:
+        deltas = [document.get("delta", {}) for document in documents]
+        arguments = "".join(delta.get("partial_json", "") for delta in deltas)
+        assert {"type": "signature_delta", "signature": "c2ln"} in deltas
+        assert any(delta.get("stop_reason") == "tool_use" for delta in deltas)
+    else:
+        choices = [document["choices"][0] for document in documents]
+        calls = [call for choice in choices for call in choice["delta"].get("tool_calls") or ()]
+        arguments = "".join(call["function"].get("arguments") or "" for call in calls)
+        assert [call["function"]["name"] for call in calls if call["function"].get("name")] == ["get_weather"]
+        assert choices[-1]["finish_reason"] == "tool_calls"
+        thought = [block for choice in choices for block in choice["delta"].get("thinking_blocks") or ()]
+        assert name != "claude" or any(block.get("signature") == "c2ln" for block in thought)
+    assert json.loads(arguments) == {"city": "Oslo"}
 
 
 def test_a_header_that_is_no_ascii_does_not_fail_the_call(sdk: Proxy, provider: Provider) -> None:
@@ -1669,6 +1719,26 @@ def test_cookies_survive_a_restart_in_a_private_file(
         assert running.stop() == 0
         assert file.stat().st_mode & 0o777 == 0o600
         assert [path.name for path in tmp_path.iterdir()] == ["cookies.txt"]
+
+
+def test_a_litellm_that_loses_cookies_is_found_out_at_the_start(shared_provider: Provider, tmp_path: Path) -> None:
+    class Deaf(proxy.Session):
+        """As if LiteLLM had moved its requests to where the session does not reach."""
+
+        def install(self, transports: Any) -> None:
+            pass
+
+    config = proxy.load_config(write_config(tmp_path, config_for(shared_provider)))
+    with (tmp_path / "log").open("w+") as stream:
+        log = proxy.Log(stream, as_json=True, redact=proxy.Redactor())
+        backend = proxy.SdkBackend(config, log, Deaf(None, log))
+        try:
+            row = backend.health()["session_manager"]
+        finally:
+            backend.close()
+        stream.seek(0)
+        assert '"CRITICAL"' in stream.read()
+    assert row["status"] == "unhealthy" and "openai" in row["reason"] and "anthropic" in row["reason"]
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\xff\xfe\x00", b"#LWP-Cookies-2.0\nSet-Cookie3: broken"])
