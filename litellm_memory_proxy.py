@@ -3624,6 +3624,30 @@ class Program:
             self._server.stop()
 
 
+class Signals:
+    """Waits for one of some signals, whichever thread the system hands it to.
+
+    Python runs its handlers in the main thread, and a main thread that waits for a lock does not wake for a signal that
+    another thread got; a byte in a socket wakes it always (`signal.set_wakeup_fd`).
+    """
+
+    def __init__(self, *numbers: signal.Signals) -> None:
+        self.came = False
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.came = True
+
+    def wait(self) -> None:
+        """Return when one has come, be it before this call."""
+        while not self.came:
+            self._reader.recv(1)
+
+
 def serve(arguments: argparse.Namespace) -> int:
     """Run the proxy until it is told to stop; returns the exit code."""
     config = load_config(arguments.config)
@@ -3633,16 +3657,14 @@ def serve(arguments: argparse.Namespace) -> int:
     log = Log(sys.stderr, as_json=not terminal, redact=Redactor(config.secrets | environment_secrets()), level=level)
     for warning in config.warnings:
         log.event("WARNING", "config", "warning", message=str(warning))
-    stop: SimpleQueue[None] = SimpleQueue()  # put is safe in a signal handler, whatever it interrupts
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.put(None))
-    program = Program(settings, config, log, stopped=lambda: not stop.empty())
+    signals = Signals(signal.SIGTERM, signal.SIGINT)
+    program = Program(settings, config, log, stopped=lambda: signals.came)
     try:
         program.start()
         guide = Log(sys.stdout, as_json=not sys.stdout.isatty(), redact=log.redact)
-        for line in program.guide() if stop.empty() else ():
+        for line in program.guide() if not signals.came else ():
             print(line, flush=True) if sys.stdout.isatty() else guide.event("INFO", "guide", "start", message=line)
-        stop.get()
+        signals.wait()
         log.event("INFO", "program", "stopping")
     finally:
         program.stop()
