@@ -377,13 +377,14 @@ class Config:
     """What config.yaml says, with the environment filled in.
 
     ``document`` is LiteLLM's part, ready for its Router; models whose keys are missing are not in its ``model_list``
-    but in ``missing_keys``, by model name. ``secrets`` are the values that no log or error may show.
+    but in ``missing_keys``: model name → the variables to set, in words. ``secrets`` are the values that no log or
+    error may show.
     """
 
     path: str
     document: Mapping[str, Any]
     model_names: tuple[str, ...]
-    missing_keys: Mapping[str, tuple[str, ...]]
+    missing_keys: Mapping[str, str]
     mappings: Mappings
     secrets: frozenset[str]
     warnings: tuple[Problem, ...] = ()
@@ -519,7 +520,7 @@ def resolve(value: Any, where: str, missing: list[tuple[str, str]]) -> Any:
 
 def check_models(
     document: dict[str, Any], missing: list[tuple[str, str]], problems: list[Problem]
-) -> tuple[list[dict[str, Any]], dict[str, tuple[str, ...]]]:
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The deployments that can be called, and for each model name without any the variables that it lacks."""
     entries = document.get("model_list")
     if not isinstance(entries, list) or not entries:
@@ -539,7 +540,7 @@ def check_models(
         else:
             usable.append(entry)
     served = {model["model_name"] for model in usable}
-    return usable, {name: tuple(dict.fromkeys(keys)) for name, keys in lacking.items() if name not in served}
+    return usable, {name: " and ".join(dict.fromkeys(keys)) for name, keys in lacking.items() if name not in served}
 
 
 def model_problems(entry: Any, where: str) -> list[Problem]:
@@ -1933,9 +1934,9 @@ class SdkBackend:
             deployments.append({**entry, "litellm_params": params})
         return deployments
 
-    def _keys_from_environment(self) -> dict[str, tuple[str, ...]]:
+    def _keys_from_environment(self) -> dict[str, str]:
         """Model names of which no deployment has a key, neither in the config nor in the environment."""
-        lacking: dict[str, tuple[str, ...]] = {}
+        lacking: dict[str, str] = {}
         served: set[str] = set()
         for entry in self._config.document["model_list"]:
             missing = missing_provider_keys(self._litellm, entry["litellm_params"])
@@ -2093,11 +2094,11 @@ class SdkBackend:
             return ProxyError(500, f"LiteLLM failed on the answer of {model}: {plain_message(error)}")
         return ProxyError(400, f"LiteLLM cannot translate this request for {model}: {plain_message(error)}")
 
-    def _missing_keys_of(self, model: str) -> tuple[str, ...]:
+    def _missing_keys_of(self, model: str) -> str:
         """The variables that a model lacks: by its name, or by the longest wildcard that covers it."""
         names = self._config.model_names
         covering = [name for name in names if "*" in name and fnmatch.fnmatchcase(model, name)]
-        return self.missing_keys.get(model if model in names else max(covering, key=len, default=""), ())
+        return self.missing_keys.get(model if model in names else max(covering, key=len, default=""), "")
 
     def _models(self, wanted: str) -> Response:
         """``GET /models`` and ``GET /models/{id}``."""
@@ -2230,28 +2231,28 @@ CREDENTIAL_PARAMS = (
 )
 
 
-def missing_provider_keys(litellm: Any, params: Mapping[str, Any]) -> tuple[str, ...]:
-    """The API keys that a deployment needs from the environment and does not find there.
+def missing_provider_keys(litellm: Any, params: Mapping[str, Any]) -> str:
+    """The API key that a deployment needs from the environment and does not find there, in words.
 
     LiteLLM knows the names. Cloud identities (AWS, Google) have more sources than variables and are left to it.
     """
     model = str(params["model"])
     if any(params.get(name) for name in CREDENTIAL_PARAMS):
-        return ()
+        return ""
     if any(
         str(name).lower() in ("authorization", "api-key", "x-api-key") for name in params.get("extra_headers") or ()
     ):
-        return ()
+        return ""
     if model.startswith(DEVICE_FLOW_PROVIDERS):
-        return ()
+        return ""
     provider = params.get("custom_llm_provider")
     found = litellm.validate_environment(model=f"{provider}/{model}" if provider else model)
-    return tuple(name for name in found["missing_keys"] if name.endswith("_API_KEY"))
+    return " or ".join(name for name in found["missing_keys"] if name.endswith("_API_KEY"))
 
 
-def missing_key_error(model: str, keys: Sequence[str]) -> ProxyError:
+def missing_key_error(model: str, keys: str) -> ProxyError:
     """The 401 of a model without a key."""
-    message = f"the model {model!r} has no key: {' or '.join(keys)} is not set in the proxy's environment"
+    message = f"the model {model!r} has no key: set {keys} in the proxy's environment"
     return ProxyError(401, message, code="missing_api_key")
 
 
@@ -2886,6 +2887,49 @@ class Backend(Protocol):
         """Let go of everything."""
 
 
+@dataclass
+class Record:
+    """What is logged of one request; ``backend`` is None for the endpoints of our own."""
+
+    request: Request
+    id: str
+    began: float
+    route: Route = Route("")
+    backend: str | None = None
+
+
+class WatchedBody:
+    """A streamed body that tells when it has ended.
+
+    Args:
+        done: called once, with None where all of the body was taken, else with the status to record: 499 where the
+            client left, 502 where the body broke off.
+    """
+
+    def __init__(self, body: Iterator[bytes], done: Callable[[int | None], None]) -> None:
+        self._body, self._done = body, done
+        self._status: int | None = 499
+
+    def __iter__(self) -> WatchedBody:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            return next(self._body)
+        except StopIteration:
+            self._status = None
+            raise
+        except ProxyError:
+            self._status = 502
+            raise
+
+    def close(self) -> None:
+        """Close the body; the front calls this whatever happened."""
+        self._body.close()  # type: ignore[attr-defined]
+        done, self._done = self._done, lambda _: None
+        done(self._status)
+
+
 class Application:
     """What one front serves.
 
@@ -2906,39 +2950,33 @@ class Application:
 
     def answer(self, request: Request) -> Response:
         """Serve one request; every outcome but a vanished client is a Response."""
-        began = time.monotonic()
-        request.id = request_id(request.headers)
+        record = Record(request, request_id(request.headers), time.monotonic())
+        request.id = record.id
         own = self._own.get(request.path)
         self._metrics.begin()
-        route, status = Route(""), 499
         try:
             if own:
                 response = self._answer_own(request, own)
             else:
+                record.backend = self._backend.name
                 self._authenticate(request)
-                route = self._route(request)
-                response = self._backend.answer(request, route)
-            status = response.status
+                record.route = self._route(request)
+                response = self._backend.answer(request, record.route)
         except ProxyError as error:
-            status = error.status
             response = self._error(error, request)
         except ClientGone:
+            self._end(record, 499)
             raise
-        except (
-            Exception
-        ) as error:  # our own defect: the client gets a clean answer, the log gets what we need to mend it
-            status = 500
-            self._log.event(
-                "ERROR", "application", "defect", request_id=request.id, error=repr(error), where=where_raised(error)
-            )
+        except Exception as error:  # our own defect: the client gets a clean answer, the log what we need to mend it
+            where = where_raised(error)
+            self._log.event("ERROR", "application", "defect", request_id=request.id, error=repr(error), where=where)
             response = self._error(ProxyError(500, "the proxy failed on this request; its log says how"), request)
-        finally:
-            self._metrics.end(route.user_id or "-", "-" if own else self._backend.name, status)
-            self._record(request, route, status, began, own=bool(own))
-        response.headers = [
-            *((n, v) for n, v in response.headers if n.lower() != "x-request-id"),
-            ("x-request-id", request.id),
-        ]
+        fields = ((name, value) for name, value in response.headers if name.lower() != "x-request-id")
+        response.headers = [*fields, ("x-request-id", request.id)]
+        if isinstance(response.body, bytes):
+            self._end(record, response.status)
+        else:
+            response.body = WatchedBody(response.body, lambda status: self._end(record, status or response.status))
         return response
 
     def _answer_own(self, request: Request, own: Callable[[Request], Response]) -> Response:
@@ -2986,18 +3024,20 @@ class Application:
         error.redact(self._log.redact)
         return json_response(error.status, error.body(dialect_of(request.path)), error.headers)
 
-    def _record(self, request: Request, route: Route, status: int, began: float, *, own: bool) -> None:
+    def _end(self, record: Record, status: int) -> None:
+        """A request has ended: count it, log it. 499 says that the client left."""
+        self._metrics.end(record.route.user_id or "-", record.backend or "-", status)
         self._log.event(
-            "DEBUG" if own else "INFO",
+            "INFO" if record.backend else "DEBUG",
             "request",
             "answered" if status != 499 else "client_gone",
-            request_id=request.id,
-            method=request.method,
-            path=request.path[:MAX_LOGGED],
-            user_id=route.user_id or None,
-            backend=None if own else self._backend.name,
+            request_id=record.id,
+            method=record.request.method,
+            path=record.request.path[:MAX_LOGGED],
+            user_id=record.route.user_id or None,
+            backend=record.backend,
             status=status,
-            duration_ms=round((time.monotonic() - began) * 1000, 1),
+            duration_ms=round((time.monotonic() - record.began) * 1000, 1),
         )
 
     # The endpoints of our own.
@@ -3595,7 +3635,7 @@ class Program:
         usable = next((name for name in self._config.model_names if name not in missing), self._config.model_names[0])
         return [
             f"models: {', '.join(self._config.model_names)}",
-            *(f"no key: {name} answers 401 until {' or '.join(keys)} is set" for name, keys in missing.items()),
+            *(f"no key: {name} answers 401 until you set {keys}" for name, keys in missing.items()),
             f"memory ({mappings.inject_header}):",
             *([f"  {mappings.custom_header}: ID{'':<17} -> ID"] if mappings.custom_header else []),
             *(f"  {p.header + ': ' + p.pattern:<42} -> {p.user_id}" for p in mappings.patterns),
@@ -3688,7 +3728,7 @@ def check(arguments: argparse.Namespace) -> int:
         print(f"warning: {warning}")
     for name in config.model_names:
         keys = config.missing_keys.get(name)
-        print(f"model {name}: {'no key, set ' + ' or '.join(keys) if keys else 'ok'}")
+        print(f"model {name}: {'no key, set ' + keys if keys else 'ok'}")
     print(f"{arguments.config}: ok, {len(config.model_names)} models, {len(config.mappings.patterns)} patterns")
     return 0
 

@@ -1369,7 +1369,8 @@ def check_slow_client(running: Proxy, provider: Provider, path: str, body: dict[
     provider.script = lambda _got: Reply(parts=parts(), headers=SSE)  # type: ignore[arg-type]
     before = resident_bytes(running)
     with running.client.stream("POST", path, json=body) as response:
-        next(response.iter_raw())
+        stream = response.iter_raw()  # kept: httpx closes the response with its iterator
+        next(stream)
         wait_until(lambda: sent > 0)
         settled = -1
         while settled != sent:
@@ -1377,6 +1378,8 @@ def check_slow_client(running: Proxy, provider: Provider, path: str, body: dict[
             time.sleep(0.5)
         assert sent < 30_000_000
         assert resident_bytes(running) - before < 60_000_000
+        taken = sum(len(data) for data, _ in zip(stream, range(300), strict=False))  # it goes on when the client does
+        assert taken > 5_000_000 and sent > settled
 
 
 def resident_bytes(running: Proxy) -> int:
@@ -2242,6 +2245,25 @@ def test_the_own_endpoints_answer(sdk: Proxy, forward: Proxy) -> None:
         assert running.client.get("/memory-routing/info").json()["is_default"]
         assert running.client.get("/memory-routing/stats").json()["requests"] is not None
         assert "memory_proxy_in_flight 1" in running.client.get("/metrics").text
+
+
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+def test_a_stream_is_in_flight_until_it_ends(request: pytest.FixtureRequest, provider: Provider, mode: str) -> None:
+    running: Proxy = request.getfixturevalue(mode)
+    in_flight = lambda: running.client.get("/memory-routing/stats").json()["in_flight"]  # noqa: E731
+    provider.script = lambda got: Reply(parts=openai_stream(list("abcdef")), headers=SSE, pause=0.2)
+    body = {**chat_body(), "stream": True}
+    for leave, status in ((False, 200), (True, 499)):
+        identity = f"stream-{leave}"
+        with running.client.stream("POST", CHAT, json=body, headers={"x-request-id": identity}) as response:
+            stream = response.iter_raw()  # kept: httpx closes the response with its iterator
+            next(stream)
+            assert in_flight() == 2  # the question is one of them
+            if not leave:
+                list(stream)
+        wait_until(lambda: in_flight() == 1)
+        line = next(line for line in running.lines if identity in line)
+        assert json.loads(line)["status"] == status
 
 
 def test_the_master_key_is_asked_for(shared_provider: Provider) -> None:
