@@ -1431,6 +1431,7 @@ class Bridge:
 
 CHALLENGE_STATUS = (403, 429, 503)  # with a web page, or a header that says so; a provider's own JSON 429 is none
 PROOF_COOKIE = "memory-proxy-proof"
+MAX_EXPIRES = 253402300799  # seconds since the epoch, the end of the year 9999: cookielib cannot write later ones
 
 
 @dataclass
@@ -1493,11 +1494,13 @@ class Session:
         self.fault: str | None = None  # why cookies do not survive, where a proof has shown it
         self._shared: Any = None  # the one aiohttp session under all of LiteLLM's transports
         self._used: WeakSet[Any] = WeakSet()  # httpx's own transports, to be closed at the end
-        if cookie_file and Path(cookie_file).exists():
+        if cookie_file:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # cookielib's way of printing a traceback
                     self._jar.load(cookie_file, ignore_discard=True)
+            except FileNotFoundError:
+                pass  # the first start
             except (OSError, ValueError) as error:  # LoadError is an OSError
                 self._jar.clear()
                 log.event(
@@ -1525,12 +1528,17 @@ class Session:
             self._adopt(transport)
             flow = self._flow(request)
             exchange = next(flow)
+            repeated = False
             while True:
+                began = time.monotonic()
                 try:
                     response = await send(transport, request)
                     if response.status_code >= 400:
                         await response.aread()
                 except Exception as error:
+                    if not repeated and was_stale(error, request, time.monotonic() - began):
+                        repeated = True
+                        continue
                     exchange.fault = error
                     raise
                 try:
@@ -1616,6 +1624,11 @@ class Session:
         if "set-cookie" not in response.headers:
             return
         self._cookies.extract_cookies(response)
+        for cookie in list(self._jar):
+            if not f"{cookie.name}{cookie.value}".isascii():  # it could not be sent
+                self._jar.clear(cookie.domain, cookie.path, cookie.name)
+            elif cookie.expires and cookie.expires > MAX_EXPIRES:
+                cookie.expires = MAX_EXPIRES
         del response.headers["set-cookie"]
         now = self._jar.as_lwp_str(ignore_discard=True)
         if now != self._saved:
@@ -1635,12 +1648,15 @@ class Session:
             self._jar.save(part, ignore_discard=True)
             Path(part).replace(self._file)
         except OSError as error:
+            Path(part).unlink(missing_ok=True)
             self._log.event("WARNING", "session", "cookie_file", message=f"{self._file} cannot be written: {error}")
 
     def forget(self, name: str) -> None:
         """Drop every cookie of this name."""
         for cookie in [cookie for cookie in self._jar if cookie.name == name]:
             self._jar.clear(cookie.domain, cookie.path, cookie.name)
+        self._saved = self._jar.as_lwp_str(ignore_discard=True)
+        self._save()
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -1653,6 +1669,14 @@ class Session:
         """The ``session_manager`` row of ``/health``."""
         status = "unhealthy" if self.fault else "healthy"
         return {"status": status, "cookie_count": self.cookie_count, **({"reason": self.fault} if self.fault else {})}
+
+
+def was_stale(error: Exception, request: httpx.Request, seconds: float) -> bool:
+    """Whether a pooled connection had been closed before this request reached it, so that another may do."""
+    import httpx
+
+    said = "disconnected" in str(error) or isinstance(error.__cause__, ConnectionResetError)
+    return said and seconds < STALE_SECONDS and isinstance(request.stream, httpx.ByteStream)
 
 
 def merge_tokens(first: str, second: str) -> str:
@@ -1854,7 +1878,9 @@ class SdkBackend:
         apply_litellm_settings(self._litellm, config, log)
         self.missing_keys = {**config.missing_keys, **self._keys_from_environment()}
         sections = (config.section("router_settings"), config.section("litellm_settings"))
-        self._has_fallbacks = any(name.endswith("fallbacks") and value for s in sections for name, value in s.items())
+        self._has_fallbacks = any(
+            str(name).endswith("fallbacks") and value for s in sections for name, value in s.items()
+        )
         self._router = self._bridge.run(self._build_router())
         self._bridge.run(self._prove_cookies())
 
@@ -2386,12 +2412,15 @@ class Pool:
         return self._upstream.connect(), False
 
     def give(self, sock: socket.socket) -> None:
-        """Take back a connection on which a whole answer was read."""
+        """Take back a connection on which a whole answer was read; close those that nobody has used for long."""
+        now = time.monotonic()
+        dropped = []
         with self._lock:
-            self._idle.append((sock, time.monotonic()))
-            surplus = self._idle.popleft()[0] if len(self._idle) > POOL_SIZE else None
-        if surplus:
-            surplus.close()
+            self._idle.append((sock, now))
+            while len(self._idle) > POOL_SIZE or now - self._idle[0][1] > POOL_IDLE_SECONDS:
+                dropped.append(self._idle.popleft()[0])
+        for old in dropped:
+            old.close()
 
     def close(self) -> None:
         """Close what is idle."""
@@ -2472,13 +2501,29 @@ class Connection:
         early = 0 if isinstance(self.sock, ssl.SSLSocket) else select.POLLIN  # TLS has messages of its own
         while left:
             if self._wait(select.POLLOUT | early) & ~select.POLLOUT:
+                self._sent_at = time.monotonic()
+                if self._interim_only():
+                    continue
                 return False
             try:
-                left = left[self.sock.send(left) :]
-            except (BrokenPipeError, ConnectionResetError):
+                left = left[self.sock.send(left[:RECEIVE_BYTES]) :]
+            except OSError:
+                self._sent_at = time.monotonic()
                 return False
         self._sent_at = time.monotonic()
         return True
+
+    def _interim_only(self) -> bool:
+        """Read what the server says before it has everything; True where it was interim, and is passed on."""
+        while True:
+            answer = self.head()
+            if answer[0] >= 200 or answer[0] == 101:
+                self.peek = answer
+                return False
+            if answer[0] != 100:
+                self._peer.interim(answer[0], answer[3])
+            if not self.reader.buffered:
+                return True
 
     def head(self) -> tuple[int, str, int, Headers]:
         """Status, reason phrase, minor version and headers of the next answer, interim ones included."""
@@ -2526,8 +2571,9 @@ class BinaryBackend:
             raise unavailable(reason)
         refuse_smuggled_headers(request)
         head = self._head(request, route)
-        try:
-            return self._attempt(request, head, *self._pool.take())
+        streamed = is_form(request) and not 0 <= request.body.framing <= RECEIVE_BYTES
+        try:  # a streamed body cannot be sent again, and so is not trusted to a connection that may be stale
+            return self._attempt(request, head, *((self._upstream.connect(), False) if streamed else self._pool.take()))
         except Stale:
             return self._attempt(request, head, self._upstream.connect(), False)
 
@@ -2587,12 +2633,11 @@ class BinaryBackend:
             data = request.body.read()  # small, or looked into already: one write, and it can be sent again
             framed = ((chunk(data) if data else b"") + LAST_CHUNK) if framing == CHUNKED else data
             return connection.send(head + framed)
-        connection.reused = False  # a body that is not kept cannot be sent again
         for piece in request.body.pieces():
             if not connection.send(head + (chunk(piece) if framing == CHUNKED else piece)):
                 return False
             head = b""
-        return connection.send(LAST_CHUNK if framing == CHUNKED else b"")
+        return connection.send(head + (LAST_CHUNK if framing == CHUNKED else b""))
 
     @staticmethod
     def _may_continue(connection: Connection, request: Request) -> bool:
@@ -2695,6 +2740,8 @@ def refuse_smuggled_headers(request: Request) -> None:
     data = request.body.read()
     if not any(hint in data for hint in (b"extra_headers", b"provider_specific_header", b"fallbacks", b"\\u")):
         return
+    if not data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        return  # no object, no fields
     document = parse_json(data)
     for name, value in document.items() if isinstance(document, dict) else ():
         if name in HEADER_PARAMS or (name.endswith("fallbacks") and re.search(r'headers?"', json.dumps(value))):
@@ -2702,22 +2749,32 @@ def refuse_smuggled_headers(request: Request) -> None:
 
 
 def pump(left: socket.socket, right: socket.socket) -> None:
-    """Copy bytes both ways until either side closes."""
+    """Copy bytes both ways until either side closes; neither direction waits for the other."""
+    other = {left: right, right: left}
+    waiting = {left: b"", right: b""}  # what the socket has not taken yet
+    not_now = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
     poll = select.poll()
-    other = {left.fileno(): (left, right), right.fileno(): (right, left)}
-    for descriptor in other:
-        poll.register(descriptor, select.POLLIN)
+    for sock in other:
+        sock.setblocking(False)
     while True:
-        pending = [sock.fileno() for sock in (left, right) if isinstance(sock, ssl.SSLSocket) and sock.pending()]
-        for descriptor in pending or [ready for ready, _ in poll.poll()]:
-            source, sink = other[descriptor]
-            try:
-                data = source.recv(RECEIVE_BYTES)
-                sink.sendall(data)
-            except OSError:
-                return
-            if not data:
-                return
+        for sock, sink in other.items():
+            wants = (0 if waiting[sink] else select.POLLIN) | (select.POLLOUT if waiting[sock] else 0)
+            poll.register(sock, wants)
+        buffered = any(
+            isinstance(sock, ssl.SSLSocket) and sock.pending() and not waiting[other[sock]] for sock in other
+        )
+        poll.poll(0 if buffered else None)
+        try:
+            for sock, sink in other.items():
+                with contextlib.suppress(*not_now):
+                    waiting[sock] = waiting[sock][sock.send(waiting[sock]) :] if waiting[sock] else b""
+                with contextlib.suppress(*not_now):
+                    if not waiting[sink]:
+                        waiting[sink] = sock.recv(RECEIVE_BYTES)
+                        if not waiting[sink]:
+                            return
+        except OSError:
+            return
 
 
 # The child's program: LiteLLM's command line, and a watch over the pipe that the proxy holds. The proxy never writes
@@ -3431,6 +3488,7 @@ class Front(http.server.ThreadingHTTPServer):
 # Arguments, signals, exit codes, and what a user reads at the start.
 
 MODES = ("sdk", "binary", "both")
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 EPILOG = """\
 examples:
   %(prog)s --mode sdk                                  the SDK in this process, on 127.0.0.1:8764
@@ -3476,11 +3534,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sdk-port", metavar="N", type=port_number, help=f"sdk's port under --mode both (default: {DEFAULT_SDK_PORT})")
     add("--litellm-url", metavar="URL", help="a LiteLLM server that already runs: none is started")
     add("--cookie-file", metavar="PATH", help="keep sdk mode's cookies here over restarts (default: in memory only)")
-    levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     level = (os.environ.get("LOG_LEVEL") or "INFO").upper()
     add(
         "--log-level",
-        choices=levels,
+        choices=LEVELS,
         default=level,
         type=str.upper,
         help="what is logged (default: LOG_LEVEL, else INFO)",
@@ -3693,6 +3750,8 @@ def serve(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config)
     settings = settle(arguments, config)
     terminal = sys.stderr.isatty()
+    if arguments.log_level not in LEVELS:  # argparse does not check a default
+        raise StartError(f"LOG_LEVEL must be one of {', '.join(LEVELS)}, not {arguments.log_level!r}")
     level = getattr(logging, arguments.log_level)
     log = Log(sys.stderr, as_json=not terminal, redact=Redactor(config.secrets | environment_secrets()), level=level)
     for warning in config.warnings:
@@ -3720,6 +3779,7 @@ def check(arguments: argparse.Namespace) -> int:
     """Validate the config and print every problem; returns 1 if there is one, else 0."""
     try:
         config = load_config(arguments.config)
+        settle(arguments, config)
     except ConfigError as error:
         for problem in error.problems:
             print(f"error: {problem}")

@@ -1701,6 +1701,43 @@ def test_a_challenge_that_stays_is_a_clear_error(
     assert len(provider.got) == (2 if kind == "again" else 1)
 
 
+def test_odd_cookies_do_no_harm(provider: Provider, tmp_path: Path) -> None:
+    running = Proxy(config_for(provider), "--cookie-file", str(tmp_path / "cookies"))
+    assert "proof" not in (tmp_path / "cookies").read_text()
+    odd = iter(["far=1; Max-Age=9999999999999", "far=1; Max-Age=99999999999999999999999", "gone=1; Max-Age=-5", ";;;"])
+    for path, name in DIALECTS:
+        cookie = next(odd)
+        provider.script = lambda got, cookie=cookie: Reply(usual_answer(got).body, headers={"set-cookie": cookie})
+        assert sdk_ok(running, path, name) and sdk_ok(running, path, name)
+    assert running.stop() == 0
+
+
+def sdk_ok(running: Proxy, path: str, name: str) -> bool:
+    return running.post(path, body_for(path, name)).status_code == 200
+
+
+def test_a_stale_connection_to_a_provider_is_replaced() -> None:
+    """The provider closes each kept connection when its second request comes."""
+
+    def script(sock: socket.socket, _number: int) -> None:
+        head = read_head(sock)
+        answer = usual_answer(Got("POST", head.split()[1].decode(), [], b'{"model": "m"}')).body
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(answer))
+        sock.sendall(answer)
+        read_head(sock)
+
+    upstream = ScriptedServer(script)
+    models = (
+        model("gpt", "openai/x", f"{upstream.url}/v1"),
+        model("claude", "anthropic/claude-sonnet-4-5", upstream.url),
+    )
+    running = Proxy(config_for_models(*models))
+    for _ in range(3):
+        for path, name in ((CHAT, "gpt"), (MESSAGES, "claude")):
+            assert sdk_ok(running, path, name)
+    assert running.stop() == 0
+
+
 def test_a_providers_own_429_that_sets_a_cookie_is_no_challenge(sdk: Proxy, provider: Provider) -> None:
     said = json.dumps({"error": {"message": "slow down", "type": "rate_limit"}}).encode()
     provider.script = lambda _got: Reply(said, 429, {"set-cookie": "limit=1; Path=/nowhere", "retry-after": "9"})
@@ -1990,6 +2027,70 @@ def test_expect_100_continue_is_passed_on_both_ways() -> None:
                 if len(expected) > 1:
                     sock.sendall(b"hello")
                     assert expected[1] in read_head(sock)
+
+
+def test_an_interim_response_does_not_end_an_upload() -> None:
+    def script(sock: socket.socket, _number: int) -> None:
+        head = read_head(sock)
+        interim = b"HTTP/1.1 100 Continue\r\n\r\n" if b"Expect" in head else b"HTTP/1.1 103 Early Hints\r\n\r\n"
+        time.sleep(1.3 if b"Expect" in head else 0)
+        sock.sendall(interim)
+        left = 8_000_000 - len(head.partition(b"\r\n\r\n")[2])
+        while left > 0:
+            left -= len(sock.recv(65536))
+        sock.sendall(OK)
+
+    with in_front_of(script) as (running, _):
+        for content_type in ("application/json", "multipart/form-data"):
+            for headers in ({}, {"Expect": "100-continue"}):
+                body = b"x" * 8_000_000
+                fields = {"content-type": content_type, **headers}
+                assert running.client.post("/up", content=body, headers=fields).text == "ok"
+
+
+def test_an_early_refusal_of_an_upload_reaches_the_client() -> None:
+    def script(sock: socket.socket, _number: int) -> None:
+        read_head(sock)
+        sock.sendall(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno")
+        time.sleep(1)
+
+    with in_front_of(script) as (running, _):
+        response = running.client.post("/up", content=b"x" * 8_000_000, headers={"content-type": "text/plain"})
+        assert response.status_code == 413
+
+
+def test_an_empty_chunked_form_and_bytes_that_are_no_json_are_forwarded(forward: Proxy, provider: Provider) -> None:
+    provider.script = lambda _got: Reply(b"{}")
+    head = b"POST /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    assert b" 200 " in forward.raw(head + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+    assert provider.last.raw == b""
+    blob = b"\x00\xff\\u\x00"
+    headers = {"content-type": "application/octet-stream"}
+    assert forward.client.post("/x", content=blob, headers=headers).status_code == 200
+    assert provider.last.raw == blob
+
+
+def test_a_websocket_under_load_in_both_directions_does_not_lock_up() -> None:
+    size = 20_000_000
+
+    def script(sock: socket.socket, _number: int) -> None:
+        read_head(sock)
+        sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n")
+        sock.sendall(b"y" * size)  # all of it before it reads
+        left = size
+        while left > 0:
+            left -= len(sock.recv(65536))
+        sock.sendall(b"end")
+
+    with in_front_of(script) as (running, _), socket.create_connection(("127.0.0.1", running.port), 20) as sock:
+        sock.sendall(b"GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+        read_head(sock)
+        sender = threading.Thread(target=sock.sendall, args=(b"z" * size,), daemon=True)
+        sender.start()
+        tail = b""
+        while not tail.endswith(b"end"):
+            tail = (tail + sock.recv(65536))[-10:]
+        sender.join(5)
 
 
 def test_a_websocket_flows_both_ways_after_its_101() -> None:
@@ -2471,6 +2572,13 @@ def test_sigterm_during_the_start_ends_it(shared_provider: Provider) -> None:
     running.process.terminate()
     assert running.process.wait(15) == 0 and not running.ready()
     running.stop()
+
+
+def test_an_unusable_log_level_is_one_clear_line(shared_provider: Provider) -> None:
+    running = Proxy(config_for(shared_provider), wait=False, LOG_LEVEL="trace")
+    assert running.process.wait(20) == 2
+    running.stop()
+    assert running.lines[-1].startswith("error: LOG_LEVEL")
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:4000", "http://127.0.0.1:99999", "http://[::1", "http://h:abc", "ftp://h"])
