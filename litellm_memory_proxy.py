@@ -13,7 +13,7 @@
 #   "redis",
 #   "soundfile",
 # ]
-# The last six are LiteLLM's: its SDK imports them without asking for them (see LITELLM_UNDECLARED).
+# # The last six are LiteLLM's: its SDK imports them without asking for them (see LITELLM_UNDECLARED).
 # ///
 """A local proxy that gives every AI client a memory of its own.
 

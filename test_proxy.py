@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -542,6 +543,16 @@ def test_litellm_and_httpx_are_imported_only_where_they_are_used() -> None:
     code = "import sys, litellm_memory_proxy; print([m for m in ('litellm', 'httpx', 'asyncio') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_inline_metadata_is_valid_and_complete() -> None:
+    """PEP 723: what `uv run` and run.sh install."""
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings tomli
+    block = re.search(r"^# /// script$\n((?:^#(?: .*)?$\n)+?)^# ///$", MODULE.read_text(), re.M)
+    assert block
+    metadata = toml.loads("\n".join(line[2:] for line in block[1].splitlines()))
+    names = {re.split(r"[<>=!~\[]", requirement)[0] for requirement in metadata["dependencies"]}
+    assert names == {"litellm", "httpx", "pyyaml", *proxy.LITELLM_UNDECLARED}
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
