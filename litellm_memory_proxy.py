@@ -99,6 +99,7 @@ DEFAULT_LITELLM_PORT = 4000  # LiteLLM's own default
 MAX_HEAD_BYTES = 64 * 1024  # request line and header section; nginx allows 32 KiB, Node 16 KiB: cookies grow
 MAX_HEADER_FIELDS = 200  # http.client and gunicorn stop at 100; gateways in front of us add their own
 MAX_BODY_BYTES = 64 * 1024 * 1024  # a 1M-token prompt with pictures is about 30 MB
+MAX_CONNECTIONS = 1024  # one thread each; the usual limit of open files
 RECEIVE_BYTES = 64 * 1024  # one recv: the default socket buffer of Linux gives no more in one go
 
 HEAD_SECONDS = 30.0  # from the first byte of a request head to its last
@@ -3223,6 +3224,14 @@ def reason_phrase(status: int) -> str:
         return ""
 
 
+def error_bytes(error: ProxyError, dialect: str) -> bytes:
+    """An error as the whole last answer on a connection."""
+    response = json_response(error.status, error.body(dialect), error.headers)
+    assert isinstance(response.body, bytes)
+    fields = [*response.headers, ("Content-Length", str(len(response.body))), ("Connection", "close")]
+    return head_bytes(f"HTTP/1.1 {error.status} {reason_phrase(error.status)}", fields) + response.body
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One client connection, from its first request to its close, in a thread of its own."""
 
@@ -3314,9 +3323,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer a request that could not be read, or not be served, and close."""
         self.close_connection = True
         self.server.refused(error)
-        response = json_response(error.status, error.body(dialect), error.headers)
-        fields = [*response.headers, ("Content-Length", str(len(response.body))), ("Connection", "close")]  # type: ignore[arg-type]
-        self._write(head_bytes(f"HTTP/1.1 {error.status} {reason_phrase(error.status)}", fields) + response.body)  # type: ignore[operator]
+        self._write(error_bytes(error, dialect))
         self._linger()
 
     def _send(self, request: Request, response: Response) -> None:
@@ -3386,12 +3393,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Connections:
-    """The open client connections, idle or busy; one lock."""
+    """The open client connections, idle or busy, the longest idle first; one lock.
 
-    def __init__(self) -> None:
+    Args:
+        limit: how many there may be at once.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._changed = threading.Condition()
         self._busy: dict[socket.socket, bool] = {}
         self.draining = False
+
+    def admit(self, sock: socket.socket) -> bool:
+        """Take in a new connection, in the place of the longest idle one if need be; False where there is none."""
+        with self._changed:
+            if len(self._busy) >= self._limit:
+                idle = next((other for other, busy in self._busy.items() if not busy), None)
+                if idle is None:
+                    return False
+                del self._busy[idle]
+                shut(idle)
+            self._busy[sock] = False
+            return True
 
     def idle(self, sock: socket.socket) -> bool:
         """The connection waits for a request; False where it should close instead."""
@@ -3403,8 +3427,9 @@ class Connections:
 
     def _mark(self, sock: socket.socket, *, busy: bool) -> bool:
         with self._changed:
+            if self._busy.pop(sock, None) is None:  # it had to make room
+                return False
             self._busy[sock] = busy
-            self._changed.notify_all()
             return not self.draining
 
     def forget(self, sock: socket.socket) -> None:
@@ -3439,9 +3464,9 @@ class Front(http.server.ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 1024  # the default of 5 refuses a burst of connections
 
-    def __init__(self, address: tuple[str, int], application: Application, log: Log) -> None:
+    def __init__(self, address: tuple[str, int], application: Application, log: Log, max_connections: int) -> None:
         self.application, self._log = application, log
-        self.connections = Connections()
+        self.connections = Connections(max_connections)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
@@ -3453,6 +3478,17 @@ class Front(http.server.ThreadingHTTPServer):
         """Bind without http.server's look-up of the host's name, which may wait for DNS."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def verify_request(self, request: Any, _client_address: Any) -> bool:
+        """Whether there is room for one more connection; if not, it is told so at once, without a thread."""
+        if self.connections.admit(request):
+            return True
+        error = unavailable("the proxy has as many connections as it may (--max-connections)")
+        self.refused(error)
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.sendall(error_bytes(error, OPENAI))
+        return False
 
     @property
     def url(self) -> str:
@@ -3488,6 +3524,8 @@ class Front(http.server.ThreadingHTTPServer):
 # Arguments, signals, exit codes, and what a user reads at the start.
 
 MODES = ("sdk", "binary", "both")
+MIN_MASTER_KEY = 16  # characters
+EXAMPLE_KEYS = ("sk-1234567890abcdef", "sk-1234567890123456", "your-master-key-here")  # long enough, and known to all
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 EPILOG = """\
 examples:
@@ -3534,6 +3572,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sdk-port", metavar="N", type=port_number, help=f"sdk's port under --mode both (default: {DEFAULT_SDK_PORT})")
     add("--litellm-url", metavar="URL", help="a LiteLLM server that already runs: none is started")
     add("--cookie-file", metavar="PATH", help="keep sdk mode's cookies here over restarts (default: in memory only)")
+    most = "client connections at once; idle ones make room for new ones (default: %(default)s)"
+    add("--max-connections", metavar="N", type=positive_number, default=MAX_CONNECTIONS, help=most)
     level = (os.environ.get("LOG_LEVEL") or "INFO").upper()
     add(
         "--log-level",
@@ -3545,6 +3585,14 @@ def build_parser() -> argparse.ArgumentParser:
     server_port = "the port of the LiteLLM server that is started (default: %(default)s)"
     add("--litellm-port", metavar="N", type=port_number, default=DEFAULT_LITELLM_PORT, help=server_port)
     return parser
+
+
+def positive_number(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 def port_number(text: str) -> int:
@@ -3567,6 +3615,7 @@ class Settings:
     litellm_port: int
     sdk_on_main: bool
     cookie_file: str | None
+    max_connections: int
 
     @property
     def needs_server(self) -> bool:
@@ -3612,6 +3661,7 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
         litellm_port=arguments.litellm_port,
         sdk_on_main=mode == "both" and flags[str(experimental.get("use_sdk_proxy")).lower()] is True,
         cookie_file=arguments.cookie_file,
+        max_connections=arguments.max_connections,
     )
 
 
@@ -3679,7 +3729,7 @@ class Program:
             self._config, self._backends[name], self._metrics, self._log, open_bind=not self._settings.loopback
         )
         try:
-            return Front((host, port), application, self._log)
+            return Front((host, port), application, self._log, self._settings.max_connections)
         except (OSError, OverflowError) as error:
             raise StartError(f"cannot listen on {host}:{port}: {error.args[-1]}; another --port may be free") from None
 
@@ -3721,6 +3771,14 @@ class Program:
             self._server.stop()
 
 
+def refuse_open_bind(settings: Settings, config: Config) -> None:
+    """Raises StartError for an address that others can reach without a master key worth its name."""
+    key = config.master_key or ""
+    if not settings.loopback and (len(key) < MIN_MASTER_KEY or key in EXAMPLE_KEYS):
+        rule = f"general_settings.master_key of {MIN_MASTER_KEY} characters or more, which is none of the examples"
+        raise StartError(f"--host {settings.host} can be reached by others, and needs a {rule}")
+
+
 class Signals:
     """Waits for one of some signals, whichever thread the system hands it to.
 
@@ -3756,6 +3814,7 @@ def serve(arguments: argparse.Namespace) -> int:
     log = Log(sys.stderr, as_json=not terminal, redact=Redactor(config.secrets | environment_secrets()), level=level)
     for warning in config.warnings:
         log.event("WARNING", "config", "warning", message=str(warning))
+    refuse_open_bind(settings, config)
     signals = Signals(signal.SIGTERM, signal.SIGINT)
     program = Program(settings, config, log, stopped=lambda: signals.came)
     try:

@@ -2467,6 +2467,26 @@ def test_connections_are_kept_alive_and_take_requests_in_a_row(request: pytest.F
     assert running.raw(one.replace(b"1.1", b"1.0")).count(b"Connection: close") == 1
 
 
+def test_new_connections_take_the_place_of_idle_ones_and_else_are_refused(provider: Provider) -> None:
+    arguments = ("--mode", "binary", "--litellm-url", provider.url, "--max-connections", "4")
+    running = Proxy(config_for(provider), *arguments)
+    idle = [socket.create_connection(("127.0.0.1", running.port), 5) for _ in range(4)]
+    time.sleep(0.3)
+    assert running.client.get("/health").status_code == 200
+    assert idle[0].recv(1) == b"" and running.client.get("/health").status_code == 200
+    provider.script = lambda _got: Reply(b"{}", hold=2)
+    with ThreadPoolExecutor(4) as pool:
+        busy = [pool.submit(running.raw, b"GET /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n") for _ in range(4)]
+        provider.wait_for(4)
+        began = time.monotonic()
+        refused = running.raw(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert refused.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in refused and time.monotonic() - began < 1
+        assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert all(answer.result().startswith(b"HTTP/1.1 200 ") for answer in busy)
+    assert running.client.get("/health").status_code == 200
+    assert running.stop() == 0
+
+
 def test_an_http_1_0_client_gets_a_stream_without_chunks(sdk: Proxy, provider: Provider) -> None:
     data = json.dumps({**chat_body(), "stream": True}).encode()
     head = b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(data)
@@ -2583,6 +2603,28 @@ def test_sigterm_during_the_start_ends_it(shared_provider: Provider) -> None:
     running.process.terminate()
     assert running.process.wait(15) == 0 and not running.ready()
     running.stop()
+
+
+@pytest.mark.parametrize("key", [None, "sk-1234", "fifteen-letters"])
+def test_an_open_address_without_a_strong_key_is_refused(provider: Provider, key: str | None) -> None:
+    general = {"forward_client_headers_to_llm_api": True, "master_key": key}
+    arguments = ("--mode", "binary", "--litellm-url", provider.url, "--host", "0.0.0.0")
+    running = Proxy(config_for(provider, general_settings=general), *arguments, wait=False)
+    assert running.process.wait(20) == 2
+    running.stop()
+    assert running.lines[-1].startswith("error: --host") and (not key or key not in running.lines[-1])
+
+
+def test_an_open_address_asks_for_the_key_but_for_health(provider: Provider) -> None:
+    key = "a-master-key-0123456789"
+    general = {"forward_client_headers_to_llm_api": True, "master_key": key}
+    arguments = ("--mode", "binary", "--litellm-url", provider.url, "--host", "0.0.0.0")
+    running = Proxy(config_for(provider, general_settings=general), *arguments)
+    for path in ("/metrics", "/memory-routing/info", "/memory-routing/stats"):
+        assert running.client.get(path).status_code == 401
+        assert running.client.get(path, headers={"x-api-key": key}).status_code == 200
+    assert running.client.get("/health").status_code == 200
+    assert running.stop() == 0
 
 
 def test_an_unusable_log_level_is_one_clear_line(shared_provider: Provider) -> None:
