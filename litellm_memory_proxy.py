@@ -1984,6 +1984,9 @@ class SdkBackend:
         if path == MODELS_PATH or path.startswith(f"{MODELS_PATH}/"):
             require_method(request, "GET", "HEAD")
             return self._models(unquote(path.removeprefix(MODELS_PATH).lstrip("/")))
+        if not path:  # Claude Code asks whether anybody is there
+            require_method(request, "GET", "HEAD")
+            return json_response(200, {"message": "litellm_memory_proxy, sdk mode"})
         endpoint = ENDPOINTS.get(path)
         if endpoint is None:
             raise ProxyError(404, f"{request.path} is not served in sdk mode; binary mode serves all of LiteLLM's API")
@@ -2626,7 +2629,8 @@ class BinaryBackend:
     def _send(self, connection: Connection, request: Request, head: bytes) -> bool:
         """Send head and body; False where the server answered before it had all of the body."""
         framing = request.body.framing
-        if framing and request.headers.tokens("expect") == ["100-continue"]:
+        # Only a form has not been read yet: of all else the client has long been told to go on.
+        if framing and is_form(request) and request.headers.tokens("expect") == ["100-continue"]:
             if not connection.send(head) or not self._may_continue(connection, request):
                 return False
             head = b""

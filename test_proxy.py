@@ -1271,6 +1271,7 @@ def test_wrong_methods_and_unknown_paths(sdk: Proxy) -> None:
         assert (response.status_code, response.headers["allow"]) == (405, "POST")
     assert sdk.client.delete("/v1/models").headers["allow"] == "GET, HEAD"
     assert sdk.client.post("/health").status_code == 405
+    assert sdk.client.head("/").status_code == sdk.client.get("/").status_code == 200
     response = sdk.client.get("/v1/nowhere")
     assert response.status_code == 404 and "binary mode" in response.json()["error"]["message"]
 
