@@ -1170,9 +1170,9 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    """A message head from its first line and its fields."""
+    """A message head from its first line and its fields; what is not Latin-1 becomes a question mark."""
     lines = [first_line, *(f"{name}: {value}" for name, value in fields)]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
 
 def sse_event(data: str, event: str | None = None) -> bytes:
