@@ -5,6 +5,8 @@
 #   ./run.sh test [ARGS]   run test_proxy.py; ARGS go to pytest
 #   ./run.sh oldest        the session's tests on the oldest LiteLLM that the metadata allows, in .venv-oldest
 #   ./run.sh lint          ruff and mypy --strict
+#
+# VENV=DIR takes another virtual environment than .venv.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)

@@ -2481,7 +2481,8 @@ def test_new_connections_take_the_place_of_idle_ones_and_else_are_refused(provid
         provider.wait_for(4)
         began = time.monotonic()
         refused = running.raw(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert refused.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in refused and time.monotonic() - began < 1
+        assert refused.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in refused
+        assert time.monotonic() - began < 1.8  # before any of the busy ones ended
         assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["message"]
         assert all(answer.result().startswith(b"HTTP/1.1 200 ") for answer in busy)
     assert running.client.get("/health").status_code == 200
