@@ -3153,10 +3153,11 @@ def where_raised(error: BaseException) -> str:
 
 
 class ClientPeer:
-    """A client's socket, as backends may see it."""
+    """A client's socket during one request, as backends may see it."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, minor_version: int = 1) -> None:
+        self._sock, self._minor_version = sock, minor_version
+        self._told_to_continue = False
 
     def fileno(self) -> int:
         """The socket's descriptor; -1 once it is closed."""
@@ -3176,7 +3177,10 @@ class ClientPeer:
             return "gone"
 
     def interim(self, status: int, headers: Headers) -> None:
-        """Send an interim response."""
+        """Send an interim response: a 100 once only, and none to HTTP/1.0 (RFC 9110 §15.2)."""
+        if not self._minor_version or (status == 100 and self._told_to_continue):
+            return
+        self._told_to_continue |= status == 100
         try:
             self._sock.sendall(head_bytes(f"HTTP/1.1 {status} {reason_phrase(status)}", headers.end_to_end()))
         except OSError:
@@ -3247,8 +3251,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # answers are whole writes already
         self._deadline: float | None = None
         self._reader = Reader(self._receive)
-        self._peer = ClientPeer(self.connection)
-        self._interim_sent, self._minor_version = False, 1
 
     def _receive(self) -> bytes:
         """The client's next bytes; raises ProxyError 408 where it takes too long over a head or a body."""
@@ -3308,20 +3310,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         expects = headers.tokens("expect")
         if expects and expects != ["100-continue"]:
             raise ProxyError(417, "Expect can only be 100-continue")
-        self._interim_sent, self._minor_version = False, minor
-        body = ClientBody(self._reader, framing, self._continue if expects and minor else None)
-        self._peer.interim = self._interim  # type: ignore[method-assign]
-        return Request(method, target, headers, body, self._peer, minor)
-
-    def _interim(self, status: int, headers: Headers) -> None:
-        """Pass an interim response on, a 100 once only, and none to HTTP/1.0 (RFC 9110 §15.2)."""
-        if self._minor_version and not (status == 100 and self._interim_sent):
-            self._interim_sent |= status == 100
-            ClientPeer.interim(self._peer, status, headers)
-
-    def _continue(self) -> None:
-        """Ask a client that waits for it to send its body (RFC 9110 §10.1.1)."""
-        self._interim(100, Headers(()))
+        peer = ClientPeer(self.connection, minor)
+        ask = (lambda: peer.interim(100, Headers(()))) if expects else None  # RFC 9110 §10.1.1
+        return Request(method, target, headers, ClientBody(self._reader, framing, ask), peer, minor)
 
     def _refuse(self, error: ProxyError, dialect: str) -> None:
         """Answer a request that could not be read, or not be served, and close."""
