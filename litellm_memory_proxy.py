@@ -1528,24 +1528,16 @@ class Session:
         async def handle_async_request(transport: Any, request: httpx.Request) -> httpx.Response:
             self._adopt(transport)
             flow = self._flow(request)
-            exchange = next(flow)
-            repeated = False
+            next(flow)
             while True:
-                began = time.monotonic()
                 try:
                     response = await send(transport, request)
                     if response.status_code >= 400:
                         await response.aread()
                 except Exception as error:
-                    if not repeated and was_stale(error, request, time.monotonic() - began):
-                        repeated = True
-                        continue
-                    exchange.fault = error
-                    raise
-                try:
-                    flow.send(response)
-                except StopIteration as stop:
-                    answer: httpx.Response = stop.value
+                    flow.throw(error)
+                    continue
+                if answer := step(flow, response):
                     return answer
 
         return handle_async_request
@@ -1565,25 +1557,22 @@ class Session:
     def _synchronous(self, send: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
         def handle_request(transport: Any, request: httpx.Request) -> httpx.Response:
             flow = self._flow(request)
-            exchange = next(flow)
+            next(flow)
             while True:
                 try:
                     response = send(transport, request)
                     if response.status_code >= 400:
                         response.read()
                 except Exception as error:
-                    exchange.fault = error
-                    raise
-                try:
-                    flow.send(response)
-                except StopIteration as stop:
-                    answer: httpx.Response = stop.value
+                    flow.throw(error)
+                    continue
+                if answer := step(flow, response):
                     return answer
 
         return handle_request
 
-    def _flow(self, request: httpx.Request) -> Generator[Exchange, httpx.Response, httpx.Response]:
-        """One request in steps: each yield sends it and brings its answer back; the last answer is returned.
+    def _flow(self, request: httpx.Request) -> Generator[None, httpx.Response, httpx.Response]:
+        """One request in steps: each yield sends it and brings its answer, or its fault, back; the last is returned.
 
         A challenge that brings a cookie is met once, at once, with that cookie. One that stays is replaced by a 400
         in JSON, which LiteLLM does not retry, and marked in the exchange.
@@ -1598,8 +1587,7 @@ class Session:
         for attempt in (1, 2):
             if cookie:
                 request.headers["cookie"] = cookie
-            exchange.begin(request.url.netloc.decode())
-            response = yield exchange
+            response = yield from self._sent(request, exchange)
             exchange.answered(response)
             response.request = request
             self._keep_cookies(response)
@@ -1610,6 +1598,22 @@ class Session:
                 break
         exchange.challenged = True
         return httpx.Response(400, json={"error": {"message": "Cloudflare challenge"}}, request=request)
+
+    @staticmethod
+    def _sent(request: httpx.Request, exchange: Exchange) -> Generator[None, httpx.Response, httpx.Response]:
+        """The answer to one request; a connection that turns out to be stale is replaced, once."""
+        for attempt in (1, 2):
+            exchange.begin(request.url.netloc.decode())
+            began = time.monotonic()
+            try:
+                response = yield
+            except Exception as error:
+                exchange.fault = error
+                if attempt == 2 or not was_stale(error, request, time.monotonic() - began):
+                    raise
+            else:
+                return response
+        raise AssertionError  # the second attempt returns or raises
 
     def _cookie_for(self, url: httpx.URL) -> str | None:
         """The Cookie header that belongs to a request for this URL, or None."""
@@ -1683,6 +1687,16 @@ def was_stale(error: Exception, request: httpx.Request, seconds: float) -> bool:
 def merge_tokens(first: str, second: str) -> str:
     """Two comma-separated lists as one, without doubles. LiteLLM drops the betas of a client that it does not know."""
     return ",".join(dict.fromkeys(token.strip() for token in f"{first},{second}".split(",") if token.strip()))
+
+
+def step(flow: Generator[None, httpx.Response, httpx.Response], response: httpx.Response) -> httpx.Response | None:
+    """Give a flow its answer; returns what the flow ends with, or None where it wants to send again."""
+    try:
+        flow.send(response)
+    except StopIteration as stop:
+        answer: httpx.Response = stop.value
+        return answer
+    return None
 
 
 def is_challenge(response: httpx.Response) -> bool:
@@ -2322,8 +2336,8 @@ def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict
 
 def refuse_page(exchange: Exchange) -> None:
     """Raises ProxyError 502 for a web page with a good status, out of which LiteLLM makes an empty answer."""
-    if exchange.status and provider_page(exchange):
-        raise ProxyError(502, str(provider_page(exchange)))
+    if exchange.status and (said := provider_page(exchange)):
+        raise ProxyError(502, said)
 
 
 def provider_page(exchange: Exchange) -> str | None:
@@ -2575,9 +2589,9 @@ class BinaryBackend:
             raise unavailable(reason)
         refuse_smuggled_headers(request)
         head = self._head(request, route)
-        streamed = is_form(request) and not 0 <= request.body.framing <= RECEIVE_BYTES
         try:  # a streamed body cannot be sent again, and so is not trusted to a connection that may be stale
-            return self._attempt(request, head, *((self._upstream.connect(), False) if streamed else self._pool.take()))
+            fresh = is_streamed(request)
+            return self._attempt(request, head, *((self._upstream.connect(), False) if fresh else self._pool.take()))
         except Stale:
             return self._attempt(request, head, self._upstream.connect(), False)
 
@@ -2634,7 +2648,7 @@ class BinaryBackend:
             if not connection.send(head) or not self._may_continue(connection, request):
                 return False
             head = b""
-        if 0 <= framing <= RECEIVE_BYTES or not is_form(request):
+        if not is_streamed(request):
             data = request.body.read()  # small, or looked into already: one write, and it can be sent again
             framed = ((chunk(data) if data else b"") + LAST_CHUNK) if framing == CHUNKED else data
             return connection.send(head + framed)
@@ -2729,6 +2743,11 @@ def is_form(request: Request) -> bool:
     """Whether LiteLLM's server will read the body as a form, such as an upload: all else it takes for JSON."""
     given = request.headers.values("content-type")
     return len(given) == 1 and given[0].partition(";")[0].strip().lower() in FORM_TYPES
+
+
+def is_streamed(request: Request) -> bool:
+    """Whether the body is sent on as it comes in, and not kept: a form that is large, or of unknown length."""
+    return is_form(request) and not 0 <= request.body.framing <= RECEIVE_BYTES
 
 
 def refuse_smuggled_headers(request: Request) -> None:
