@@ -53,6 +53,7 @@ import fnmatch
 import hmac
 import http.client
 import http.server
+import ipaddress
 import json
 import logging
 import os
@@ -1016,9 +1017,10 @@ def parse_request(head: bytes) -> tuple[str, str, int, Headers]:
     headers = parse_fields(lines)
     if len(headers.values("host")) != 1 and not (minor == "0" and not headers.values("host")):
         raise ProxyError(400, "the request must have exactly one Host header")
-    absolute = re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*(/[^?#]*)?(\?[^#]*)?", target)
-    if absolute:  # RFC 9112 §3.2.2
-        target = (absolute[1] or "/") + (absolute[2] or "")
+    absolute = re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(/[^?#]*)?(\?[^#]*)?", target)
+    if absolute:  # RFC 9112 §3.2.2: its host counts, whatever the Host header says
+        target = (absolute[2] or "/") + (absolute[3] or "")
+        headers = Headers((name, absolute[1] if name.lower() == "host" else value) for name, value in headers.fields)
     if method == "CONNECT":
         raise ProxyError(405, "CONNECT is refused: this is no tunnel", headers=[("Allow", "GET, HEAD, POST")])
     if not target.startswith("/") and target != "*":
@@ -2968,6 +2970,85 @@ class Backend(Protocol):
         """Let go of everything."""
 
 
+DESKTOP_SCHEMES = frozenset("app file tauri vscode-file vscode-webview".split())  # origins of desktop applications
+PREFLIGHT_SECONDS = 600  # how long a browser may remember the answer to a preflight; Chrome takes 7,200 at most
+
+
+@dataclass(frozen=True)
+class Access:
+    """Which requests are let in at all, by their ``Host`` and ``Origin``.
+
+    A server on loopback is within reach of every web page that the user opens: through a name that its owner points
+    at 127.0.0.1 (DNS rebinding), or by a plain cross-site POST. On another address the master key is the guard.
+
+    Args:
+        loopback: the front is bound to loopback.
+        hosts: further names in ``Host``, in lower case; ``*`` is any.
+        origins: further origins, in lower case; ``*`` is any.
+    """
+
+    loopback: bool = True
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+
+    def refuse_strangers(self, headers: Headers) -> None:
+        """Raises ProxyError 403 for a request that a web page made which does not belong here."""
+        if not self.loopback:
+            return
+        for host in headers.values("host"):  # HTTP/1.0 may have none; no browser speaks it
+            name = host_name(host)
+            if not (is_loopback(name) or self.hosts & {name, "*"}):
+                raise ProxyError(403, f"Host {host!r} is no loopback name; --allow-host {name} lets it in")
+        for origin in headers.values("origin"):
+            if not self.welcomes(origin):
+                raise ProxyError(403, f"Origin {origin!r} is a web page's; --allow-origin {origin} lets it in")
+
+    def welcomes(self, origin: str) -> bool:
+        """Whether a page or application of this origin may ask, and read the answer."""
+        scheme, _, authority = origin.lower().partition("://")
+        local = scheme in ("http", "https") and is_loopback(host_name(authority))
+        return local or (scheme in DESKTOP_SCHEMES and "://" in origin) or bool(self.origins & {origin.lower(), "*"})
+
+    def cors(self, headers: Headers) -> list[tuple[str, str]]:
+        """The header fields that let a welcome page read the answer (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
+        origin = headers.get("origin")
+        if not origin or not self.welcomes(origin):
+            return []
+        return [
+            ("Access-Control-Allow-Origin", origin),
+            ("Access-Control-Expose-Headers", "*"),
+            ("Vary", "Origin"),
+        ]
+
+    def preflight(self, request: Request) -> Response | None:
+        """The answer to a browser's question whether it may ask; None where the request is no such question."""
+        method = request.headers.get("access-control-request-method")
+        if request.method != "OPTIONS" or not method or not self.cors(request.headers):
+            return None
+        allowed = [
+            ("Access-Control-Allow-Methods", method),
+            ("Access-Control-Allow-Headers", request.headers.get("access-control-request-headers") or "*"),
+            ("Access-Control-Max-Age", str(PREFLIGHT_SECONDS)),
+        ]
+        if request.headers.get("access-control-request-private-network"):  # from the internet to loopback
+            allowed.append(("Access-Control-Allow-Private-Network", "true"))
+        return Response(204, allowed, bodiless=True)
+
+
+def host_name(authority: str) -> str:
+    """The host of ``host:port`` in lower case, an IPv6 address without its brackets."""
+    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]@/]+))(?::\d*)?", authority.lower())
+    return (match[1] or match[2]).rstrip(".") if match else ""
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host name (lower case) is this machine's own and nobody else's: RFC 6761 §6.3, RFC 1122 §3.2.1.3."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+
+
 @dataclass
 class Record:
     """What is logged of one request; ``backend`` is None for the endpoints of our own."""
@@ -3014,13 +3095,12 @@ class WatchedBody:
 class Application:
     """What one front serves.
 
-    Args:
-        open_bind: the front is bound to an address that is not loopback, so that own endpoints need the master key.
+    On an address that is not loopback, own endpoints need the master key.
     """
 
-    def __init__(self, config: Config, backend: Backend, metrics: Metrics, log: Log, *, open_bind: bool) -> None:
+    def __init__(self, config: Config, backend: Backend, metrics: Metrics, log: Log, access: Access) -> None:
         self._config, self._backend, self._metrics, self._log = config, backend, metrics, log
-        self._open_bind = open_bind
+        self._access = access
         self._reported: set[str] = set()  # patterns whose invalid ids were logged
         self._own = {
             "/health": self._health,
@@ -3036,7 +3116,11 @@ class Application:
         own = self._own.get(request.path)
         self._metrics.begin()
         try:
-            if own:
+            self._access.refuse_strangers(request.headers)
+            preflight = self._access.preflight(request)
+            if preflight:
+                response = preflight
+            elif own:
                 response = self._answer_own(request, own)
             else:
                 record.backend = self._backend.name
@@ -3052,8 +3136,9 @@ class Application:
             where = where_raised(error)
             self._log.event("ERROR", "application", "defect", request_id=request.id, error=repr(error), where=where)
             response = self._error(ProxyError(500, "the proxy failed on this request; its log says how"), request)
-        fields = ((name, value) for name, value in response.headers if name.lower() != "x-request-id")
-        response.headers = [*fields, ("x-request-id", request.id)]
+        added = [*self._access.cors(request.headers), ("x-request-id", request.id)]
+        ours = {name.lower() for name, _ in added} - {"vary"}
+        response.headers = [*((name, value) for name, value in response.headers if name.lower() not in ours), *added]
         if isinstance(response.body, bytes):
             self._end(record, response.status)
         else:
@@ -3062,7 +3147,7 @@ class Application:
 
     def _answer_own(self, request: Request, own: Callable[[Request], Response]) -> Response:
         require_method(request, "GET", "HEAD")
-        if self._open_bind and request.path != "/health":
+        if not self._access.loopback and request.path != "/health":
             self._check_key(request)
         return own(request)
 
@@ -3588,6 +3673,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cookie-file", metavar="PATH", help="keep sdk mode's cookies here over restarts (default: in memory only)")
     most = "client connections at once; idle ones make room for new ones (default: %(default)s)"
     add("--max-connections", metavar="N", type=positive_number, default=MAX_CONNECTIONS, help=most)
+    hosts = "let in requests whose Host header has this name too, * for any; may be repeated"
+    add("--allow-host", metavar="NAME", action="append", type=host_option, default=[], help=hosts)
+    origins = "let in web pages of this origin, such as https://chat.example, * for any; may be repeated"
+    add("--allow-origin", metavar="ORIGIN", action="append", type=origin_option, default=[], help=origins)
     level = (os.environ.get("LOG_LEVEL") or "INFO").upper()
     add(
         "--log-level",
@@ -3617,6 +3706,20 @@ def port_number(text: str) -> int:
     return number
 
 
+def host_option(text: str) -> str:
+    """An argparse type: a host name without a port, or ``*``."""
+    if text != "*" and host_name(text) != text.lower().strip("[]"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no host name (without a port)")
+    return text.lower().strip("[]")
+
+
+def origin_option(text: str) -> str:
+    """An argparse type: ``scheme://host[:port]``, ``null`` or ``*``."""
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+/?|null|\*", text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin (https://host or https://host:port)")
+    return text.lower().rstrip("/")
+
+
 @dataclass(frozen=True)
 class Settings:
     """The command line, the environment and the config, put together in their order of precedence."""
@@ -3630,16 +3733,12 @@ class Settings:
     sdk_on_main: bool
     cookie_file: str | None
     max_connections: int
+    access: Access
 
     @property
     def needs_server(self) -> bool:
         """Whether a LiteLLM server has to be started."""
         return self.litellm_url is None and (self.mode == "binary" or (self.mode == "both" and not self.sdk_on_main))
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this machine can connect."""
-        return self.host == "localhost" or self.host == "::1" or self.host.startswith("127.")
 
 
 def settle(arguments: argparse.Namespace, config: Config) -> Settings:
@@ -3676,6 +3775,9 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
         sdk_on_main=mode == "both" and flags[str(experimental.get("use_sdk_proxy")).lower()] is True,
         cookie_file=arguments.cookie_file,
         max_connections=arguments.max_connections,
+        access=Access(
+            is_loopback(arguments.host.lower()), frozenset(arguments.allow_host), frozenset(arguments.allow_origin)
+        ),
     )
 
 
@@ -3739,9 +3841,7 @@ class Program:
 
     def _front(self, name: str, port: int) -> Front:
         host = self._settings.host
-        application = Application(
-            self._config, self._backends[name], self._metrics, self._log, open_bind=not self._settings.loopback
-        )
+        application = Application(self._config, self._backends[name], self._metrics, self._log, self._settings.access)
         try:
             return Front((host, port), application, self._log, self._settings.max_connections)
         except (OSError, OverflowError) as error:
@@ -3788,7 +3888,7 @@ class Program:
 def refuse_open_bind(settings: Settings, config: Config) -> None:
     """Raises StartError for an address that others can reach without a master key worth its name."""
     key = config.master_key or ""
-    if not settings.loopback and (len(key) < MIN_MASTER_KEY or key in EXAMPLE_KEYS):
+    if not settings.access.loopback and (len(key) < MIN_MASTER_KEY or key in EXAMPLE_KEYS):
         rule = f"general_settings.master_key of {MIN_MASTER_KEY} characters or more, which is none of the examples"
         raise StartError(f"--host {settings.host} can be reached by others, and needs a {rule}")
 

@@ -835,23 +835,23 @@ def test_metrics_count_by_memory_and_bound_their_labels() -> None:
 # ── wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MALFORMED_HEADS = {
-    b"GET / HTTP/1.1\r\nHost: a\r\nX : b": 400,  # a space before the colon
-    b"GET / HTTP/1.1\r\nHost: a\r\n folded": 400,
-    b"GET / HTTP/1.1\r\nHost: a\r\nX: a\rb": 400,
-    b"GET / HTTP/1.1\r\nHost: a\r\nX: a\x00b": 400,
-    b"GET / HTTP/1.1\r\nHost: a\r\nX: a\x7f": 400,
-    b"GET / HTTP/1.1\r\nHost: a\r\n: b": 400,
-    b"GET / HTTP/1.1\r\nHost: a\r\nnocolon": 400,
-    b"GET / HTTP/1.1\r\nHost: a\r\nHost: b": 400,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX : b": 400,  # a space before the colon
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n folded": 400,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\rb": 400,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\x00b": 400,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\x7f": 400,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n: b": 400,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nnocolon": 400,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: b": 400,
     b"GET / HTTP/1.1\r\nX: a": 400,
-    b"GET  / HTTP/1.1\r\nHost: a": 400,
+    b"GET  / HTTP/1.1\r\nHost: localhost": 400,
     b"GET /": 400,
-    b"GET / HTTP/1.1 \r\nHost: a": 400,
-    b"G\xc3T / HTTP/1.1\r\nHost: a": 400,
-    b"GET a HTTP/1.1\r\nHost: a": 400,
+    b"GET / HTTP/1.1 \r\nHost: localhost": 400,
+    b"G\xc3T / HTTP/1.1\r\nHost: localhost": 400,
+    b"GET a HTTP/1.1\r\nHost: localhost": 400,
     b"PRI * HTTP/2.0": 505,
-    b"CONNECT a:443 HTTP/1.1\r\nHost: a": 405,
-    b"GET / HTTP/1.1\r\nHost: a\r\n" + b"\r\n".join(b"X: a" for _ in range(201)): 431,
+    b"CONNECT a:443 HTTP/1.1\r\nHost: localhost": 405,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"\r\n".join(b"X: a" for _ in range(201)): 431,
 }
 
 
@@ -894,10 +894,10 @@ def reader_of(*pieces: bytes) -> proxy.Reader:
 
 
 def test_a_reader_takes_heads_and_bodies_in_any_pieces() -> None:
-    data = b"\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n5;ext=1\r\nhello\r\n1\r\n!\r\n0\r\nTrailer: x\r\n\r\nGET"
+    data = b"\r\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n5;ext=1\r\nhello\r\n1\r\n!\r\n0\r\nTrailer: x\r\n\r\nGET"
     for size in (1, 2, 3, 7, 1000):
         reader = reader_of(*(data[i : i + size] for i in range(0, len(data), size)))
-        assert reader.head() == b"GET / HTTP/1.1\r\nHost: a"
+        assert reader.head() == b"GET / HTTP/1.1\r\nHost: localhost"
         assert b"".join(reader.body(proxy.CHUNKED)) == b"hello!"
         assert reader.some(10)[:1] == b"G"
 
@@ -1351,7 +1351,8 @@ def check_hang_up(running: Proxy, provider: Provider, path: str, body: dict[str,
     else:
         provider.script = lambda _got: Reply(b"{}", hold=30)
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    fields = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    head = f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", running.port), 10) as sock:
         sock.sendall(head.encode() + data)
         got = provider.wait_for()
@@ -1873,7 +1874,7 @@ def self_signed(folder: Path) -> str:
 def test_what_is_forwarded_is_what_was_sent(forward: Proxy, provider: Provider) -> None:
     body = b'{"model":  "gpt", "unicode": "\xc3\xbc"}'
     head = (
-        b"POST /some//path/%%2F?a=1&&b=%%20 HTTP/1.1\r\nHost: proxy.test\r\nX-B: 1\r\nx-a: two\r\nX-b:3\r\n"
+        b"POST /some//path/%%2F?a=1&&b=%%20 HTTP/1.1\r\nHost: proxy.localhost\r\nX-B: 1\r\nx-a: two\r\nX-b:3\r\n"
         b"Authorization: Bearer client\r\nX-Sm-User-Id: evil\r\nx-memory-user-id: mine\r\nKeep-Alive: 5\r\n"
         b"Connection: close, x-hop\r\nx-hop: 1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         % len(body)
@@ -1906,14 +1907,14 @@ def test_every_method_and_path_is_forwarded(forward: Proxy, provider: Provider, 
 
 
 def test_a_head_answer_keeps_its_length_and_has_no_body(forward: Proxy, provider: Provider) -> None:
-    answer = forward.raw(b"HEAD /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    answer = forward.raw(b"HEAD /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     length = len(usual_answer(Got("HEAD", "/x", [], b"")).body)
     assert f"content-length: {length}".encode() in answer and answer.endswith(b"\r\n\r\n")
 
 
 def test_chunked_bodies_are_forwarded_as_chunked(forward: Proxy, provider: Provider) -> None:
     for content_type in ("application/json", "multipart/form-data; boundary=b"):
-        data = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n"
+        data = b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n"
         data += b"Content-Type: %b\r\n\r\n"
         provider.script = lambda _got: Reply(b"{}")
         assert b" 200 " in forward.raw(data % content_type.encode() + b"3\r\n[1,\r\n2\r\n2]\r\n0\r\n\r\n")
@@ -1925,7 +1926,9 @@ def test_compressed_answers_come_back_as_they_are(forward: Proxy, provider: Prov
 
     packed = gzip.compress(b'{"a": 1}')
     provider.script = lambda _got: Reply(packed, headers={"content-encoding": "gzip"})
-    answer = forward.raw(b"GET /x HTTP/1.1\r\nHost: a\r\nAccept-Encoding: gzip, br\r\nConnection: close\r\n\r\n")
+    answer = forward.raw(
+        b"GET /x HTTP/1.1\r\nHost: localhost\r\nAccept-Encoding: gzip, br\r\nConnection: close\r\n\r\n"
+    )
     assert answer.endswith(b"\r\n\r\n" + packed) and provider.last.header("accept-encoding") == "gzip, br"
 
 
@@ -2033,7 +2036,9 @@ def test_expect_100_continue_is_passed_on_both_ways() -> None:
     with in_front_of(script) as (running, _):
         for path, expected in (("/take", [b" 100 ", b" 200 "]), ("/refuse", [b" 417 "])):
             with socket.create_connection(("127.0.0.1", running.port), 5) as sock:
-                fields = "Host: a\r\nExpect: 100-continue\r\nContent-Type: multipart/form-data\r\nContent-Length: 5"
+                fields = (
+                    "Host: localhost\r\nExpect: 100-continue\r\nContent-Type: multipart/form-data\r\nContent-Length: 5"
+                )
                 sock.sendall(f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n".encode())
                 assert expected[0] in read_head(sock)
                 if len(expected) > 1:
@@ -2073,7 +2078,9 @@ def test_an_early_refusal_of_an_upload_reaches_the_client() -> None:
 
 def test_an_empty_chunked_form_and_bytes_that_are_no_json_are_forwarded(forward: Proxy, provider: Provider) -> None:
     provider.script = lambda _got: Reply(b"{}")
-    head = b"POST /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    head = (
+        b"POST /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    )
     assert b" 200 " in forward.raw(head + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
     assert provider.last.raw == b""
     blob = b"\x00\xff\\u\x00"
@@ -2095,7 +2102,7 @@ def test_a_websocket_under_load_in_both_directions_does_not_lock_up() -> None:
         sock.sendall(b"end")
 
     with in_front_of(script) as (running, _), socket.create_connection(("127.0.0.1", running.port), 20) as sock:
-        sock.sendall(b"GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+        sock.sendall(b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
         read_head(sock)
         sender = threading.Thread(target=sock.sendall, args=(b"z" * size,), daemon=True)
         sender.start()
@@ -2114,9 +2121,8 @@ def test_a_websocket_flows_both_ways_after_its_101() -> None:
             sock.sendall(data.upper())
 
     with in_front_of(script) as (running, _), socket.create_connection(("127.0.0.1", running.port), 5) as sock:
-        sock.sendall(
-            b"GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: k\r\n\r\n"
-        )
+        upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: k"
+        sock.sendall(b"GET /ws HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n\r\n")
         assert read_head(sock).startswith(b"HTTP/1.1 101 ")
         for word in (b"hello", b"again"):
             sock.sendall(word)
@@ -2149,7 +2155,7 @@ def test_whatever_the_server_answers_is_an_answer(answer: bytes, status: int) ->
         sock.sendall(answer)
 
     with in_front_of(script) as (running, _):
-        received = running.raw(b"GET /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        received = running.raw(b"GET /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         statuses = [int(found) for found in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
         assert statuses[-1] == status
         if status == 502:
@@ -2230,14 +2236,15 @@ def test_no_content_type_hides_a_body_that_replaces_the_memory_header(
     forward: Proxy, provider: Provider, fields: str
 ) -> None:
     body = json.dumps({**chat_body(), "extra_headers": {"x-sm-user-id": "evil"}}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\n{fields}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    fields += f"\r\nContent-Length: {len(body)}\r\nConnection: close"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n\r\n"
     assert forward.raw(head.encode() + body).startswith(b"HTTP/1.1 400 ") and not provider.got
 
 
 def test_a_connection_header_cannot_unframe_a_body(forward: Proxy, provider: Provider) -> None:
     provider.script = lambda _got: Reply(b"{}")
     inner = b"GET /smuggled HTTP/1.1\r\nHost: z\r\n\r\n"
-    head = b"POST /v1/a HTTP/1.1\r\nHost: x\r\nConnection: close, content-length, host, content-type\r\n"
+    head = b"POST /v1/a HTTP/1.1\r\nHost: localhost\r\nConnection: close, content-length, host, content-type\r\n"
     forward.raw(head + b"Content-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % len(inner) + inner)
     assert [(got.path, got.raw) for got in provider.got] == [("/v1/a", inner)]
     assert provider.last.header("host") and provider.last.header("content-type") == "text/plain"
@@ -2261,7 +2268,7 @@ def test_a_call_that_the_server_broke_off_is_not_made_again() -> None:
         assert seen.count(b"/pay") == 1
 
 
-@pytest.mark.parametrize("after", [b"\r\n", b"GET /next HTTP/1.1\r\nHost: a\r\n\r\n"])
+@pytest.mark.parametrize("after", [b"\r\n", b"GET /next HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("mode", ["sdk", "forward"])
 def test_a_client_that_leaves_behind_its_next_request_is_noticed(
     request: pytest.FixtureRequest, provider: Provider, mode: str, after: bytes
@@ -2269,7 +2276,7 @@ def test_a_client_that_leaves_behind_its_next_request_is_noticed(
     provider.script = lambda _got: Reply(b"{}", hold=30)
     data = json.dumps(chat_body()).encode()
     with socket.create_connection(("127.0.0.1", request.getfixturevalue(mode).port), 10) as sock:
-        sock.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        sock.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
         got = provider.wait_for()
         sock.sendall(after)
         time.sleep(0.2)
@@ -2401,6 +2408,88 @@ def test_the_master_key_is_asked_for(shared_provider: Provider) -> None:
     assert running.stop() == 0 and key not in running.output
 
 
+HOSTS = {
+    "localhost": 200,
+    "LOCALHOST:8764": 200,
+    "127.0.0.1:1": 200,
+    "127.9.9.9": 200,
+    "[::1]:8764": 200,
+    "app.localhost.": 200,
+    "evil.example": 403,
+    "127.0.0.1.evil.example": 403,
+    "localhost.evil.example:8764": 403,
+    "127.0.0.1@evil.example": 403,
+    "0.0.0.0": 403,
+    "192.168.1.7:8764": 403,
+    "": 403,
+}
+ORIGINS = {
+    "http://localhost:3000": 200,
+    "https://127.0.0.1": 200,
+    "http://[::1]:5173": 200,
+    "tauri://localhost": 200,
+    "http://tauri.localhost": 200,
+    "vscode-webview://1a2b": 200,
+    "app://-": 200,
+    "file://": 200,
+    "null": 403,
+    "app": 403,
+    "https://evil.example": 403,
+    "https://localhost.evil.example": 403,
+    "chrome-extension://abc": 403,
+}
+
+
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+def test_only_loopback_hosts_and_origins_are_let_in(
+    request: pytest.FixtureRequest, provider: Provider, mode: str
+) -> None:
+    running: Proxy = request.getfixturevalue(mode)
+    cases = [*(({"host": host}, status) for host, status in HOSTS.items())]
+    cases += [({"origin": origin}, status) for origin, status in ORIGINS.items()]
+    for headers, status in cases:
+        provider.got.clear()
+        response = running.post("/v1/messages", messages_body(), headers=headers)
+        assert response.status_code == status, headers
+        assert len(provider.got) == (status == 200), headers
+        if status == 403:
+            assert response.json()["error"]["type"] == "permission_error"
+        assert (response.headers.get("access-control-allow-origin") == headers.get("origin", "")) is (
+            status == 200 and "origin" in headers
+        )
+    assert running.raw(b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 1).startswith(
+        b"HTTP/1.1 403 "
+    )
+    assert running.raw(b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+def test_allowed_hosts_and_origins_are_let_in_and_preflights_answered(provider: Provider) -> None:
+    allowed = ("--allow-host", "Proxy.LAN", "--allow-origin", "https://chat.example")
+    running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url, *allowed)
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    for origin, status in {
+        "https://chat.example": 204,
+        "http://localhost:3000": 204,
+        "https://evil.example": 403,
+    }.items():
+        answer = running.client.options(CHAT, headers={"host": "proxy.lan:80", "origin": origin, **asked})
+        assert answer.status_code == status
+        granted = {
+            name[21:]: value for name, value in answer.headers.items() if name.startswith("access-control-allow-")
+        }
+        wanted = {"origin": origin, "methods": "POST", "headers": "authorization,content-type"}
+        assert granted == (wanted if status == 204 else {})
+    assert not provider.got
+    answer = running.chat(headers={"origin": "https://chat.example"})
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://chat.example"
+    assert running.chat(headers={"host": "other.lan"}).status_code == 403
+    assert (
+        running.client.options("/x", headers={"origin": "http://localhost"}).status_code == 200
+    )  # no preflight: OPTIONS
+    assert provider.last.method == "OPTIONS"
+    assert running.stop() == 0
+
+
 # ── HTTP front ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -2410,7 +2499,7 @@ def test_malformed_requests_are_answered_and_closed(
     request: pytest.FixtureRequest, provider: Provider, mode: str, head: bytes, status: int
 ) -> None:
     running: Proxy = request.getfixturevalue(mode)
-    answer = running.raw(head + b"\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n")
+    answer = running.raw(head + b"\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n")
     first = answer.partition(b"\r\n")[0]
     assert first.startswith(b"HTTP/1.1 %d " % status) and len(re.findall(rb"^HTTP/1", answer, re.M)) == 1
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] and b"Connection: close" in answer
@@ -2421,11 +2510,11 @@ def test_malformed_requests_are_answered_and_closed(
 @pytest.mark.parametrize(
     "data",
     [
-        b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /v1/x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
-        b"POST /v1/x HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"GET / HTTP/1.1\nHost: a\n\n",
+        b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+        b"POST /v1/x HTTP/1.0\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\nHost: localhost\n\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n",
     ],
 )
@@ -2443,7 +2532,7 @@ def test_a_body_that_breaks_off_is_not_taken_for_whole(
 ) -> None:
     running: Proxy = request.getfixturevalue(mode)
     with socket.create_connection(("127.0.0.1", running.port), 5) as sock:
-        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{}")
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{}")
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(1000).startswith(b"HTTP/1.1 400 ")
     assert not provider.got
@@ -2453,8 +2542,8 @@ def test_a_body_that_breaks_off_is_not_taken_for_whole(
 def test_too_much_is_refused_before_it_is_read(request: pytest.FixtureRequest, mode: str) -> None:
     running: Proxy = request.getfixturevalue(mode)
     for data, status in (
-        (b"POST /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999\r\n\r\nabc", 413),
-        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 431),
+        (b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\nabc", 413),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 431),
     ):
         assert running.raw(data).startswith(b"HTTP/1.1 %d " % status)
 
@@ -2462,7 +2551,7 @@ def test_too_much_is_refused_before_it_is_read(request: pytest.FixtureRequest, m
 @pytest.mark.parametrize("mode", ["sdk", "forward"])
 def test_connections_are_kept_alive_and_take_requests_in_a_row(request: pytest.FixtureRequest, mode: str) -> None:
     running: Proxy = request.getfixturevalue(mode)
-    one = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+    one = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     answer = running.raw(one + one + one.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
     assert answer.count(b"HTTP/1.1 200 ") == 3
     assert running.raw(one.replace(b"1.1", b"1.0")).count(b"Connection: close") == 1
@@ -2477,10 +2566,13 @@ def test_new_connections_take_the_place_of_idle_ones_and_else_are_refused(provid
     assert idle[0].recv(1) == b"" and running.client.get("/health").status_code == 200
     provider.script = lambda _got: Reply(b"{}", hold=2)
     with ThreadPoolExecutor(4) as pool:
-        busy = [pool.submit(running.raw, b"GET /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n") for _ in range(4)]
+        busy = [
+            pool.submit(running.raw, b"GET /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            for _ in range(4)
+        ]
         provider.wait_for(4)
         began = time.monotonic()
-        refused = running.raw(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+        refused = running.raw(b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert refused.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in refused
         assert time.monotonic() - began < 1.8  # before any of the busy ones ended
         assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["message"]
@@ -2499,7 +2591,7 @@ def test_an_http_1_0_client_gets_a_stream_without_chunks(sdk: Proxy, provider: P
 def test_a_client_that_expects_it_gets_its_100_continue(sdk: Proxy, provider: Provider) -> None:
     data = json.dumps(chat_body()).encode()
     with socket.create_connection(("127.0.0.1", sdk.port), 5) as sock:
-        fields = b"Host: a\r\nExpect: 100-continue\r\nContent-Length: %d" % len(data)
+        fields = b"Host: localhost\r\nExpect: 100-continue\r\nContent-Length: %d" % len(data)
         sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + fields + b"\r\n\r\n")
         assert read_head(sock) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(data)
@@ -2634,6 +2726,14 @@ def test_an_unusable_log_level_is_one_clear_line(shared_provider: Provider) -> N
     assert running.process.wait(20) == 2
     running.stop()
     assert running.lines[-1].startswith("error: LOG_LEVEL")
+
+
+@pytest.mark.parametrize("flag", ["--allow-host=http://a", "--allow-host=a:80", "--allow-origin=chat.example"])
+def test_an_unusable_host_or_origin_is_one_clear_line(shared_provider: Provider, flag: str) -> None:
+    running = Proxy(config_for(shared_provider), flag, wait=False)
+    assert running.process.wait(20) == 2
+    running.stop()
+    assert "Traceback" not in running.output and flag.partition("=")[2] in running.lines[-1]
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:4000", "http://127.0.0.1:99999", "http://[::1", "http://h:abc", "ftp://h"])
