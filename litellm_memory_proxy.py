@@ -58,6 +58,7 @@ import json
 import logging
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -69,6 +70,7 @@ import threading
 import time
 import uuid
 import warnings
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -77,6 +79,8 @@ from datetime import datetime, timezone
 from http import HTTPStatus
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import accumulate, chain
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -135,6 +139,11 @@ RETRY_AFTER_SECONDS = 5  # what a client is told to wait while the LiteLLM serve
 MAX_LOGGED = 500  # characters of a path in a log line
 MAX_MESSAGE = 20_000  # characters of an error message
 MAX_LABELS = 100  # distinct memory ids or models in the metrics; the rest is "other"
+MAX_SAMPLES = 10_000  # durations kept for the percentiles of the last ...
+WINDOW_SECONDS = 600.0
+LOG_FILE_BYTES = 10 * 1024 * 1024  # of --log-file, before it is rotated ...
+LOG_FILES = 5  # ... to one of this many older ones
+OWN = "own"  # the backend, in log and metrics, of the endpoints that are our own
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # One family of errors, each with its HTTP status, and the shapes they take in the two dialects. Nothing here knows
@@ -755,33 +764,60 @@ class Redactor:
 
 
 class Log:
-    """Writes events to one stream, a line each. Thread-safe: a line is one write."""
+    """Writes events to one stream, a line each. Thread-safe: a line is one write.
 
-    def __init__(self, stream: Any, *, as_json: bool, redact: Redactor, level: int = logging.INFO) -> None:
+    Args:
+        file: a path that gets every line too, as JSON, and is rotated.
+
+    Raises:
+        StartError: the file cannot be written.
+    """
+
+    def __init__(
+        self, stream: Any, *, as_json: bool, redact: Redactor, level: int = logging.INFO, file: str | None = None
+    ) -> None:
         self._stream, self._json, self.redact, self.level = stream, as_json, redact, level
+        self._file: RotatingFileHandler | None = None
+        if file:
+            try:
+                self._file = RotatingFileHandler(file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+            except OSError as error:
+                raise StartError(f"--log-file {file}: {error.strerror}") from None
 
-    def event(self, level: str, component: str, event: str, **fields: Any) -> None:
-        """Write one event; fields that are None are left out."""
+    def event(self, level: str, component: str, event: str, *, said: str | None = None, **fields: Any) -> None:
+        """Write one event; ``said`` is what stands on a terminal in place of the fields."""
         if getattr(logging, level) < self.level:
             return
         now = datetime.now(timezone.utc)
-        known = {key: value for key, value in fields.items() if value is not None}
-        if self._json:
-            stamp = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            head = {"timestamp": stamp, "level": level, "component": component, "event": event}
-            line = json.dumps({**head, **known}, default=str)
-        else:
-            said = known.pop("message", event)
-            rest = "".join(f" {key}={value}" for key, value in known.items())
-            text = f"{now.astimezone():%H:%M:%S} {level.lower():<8} {component}: {said}{rest}"
-            line = re.sub(
-                r"[\x00-\x1f\x7f\x85\u2028\u2029]", "?", text
-            )  # a value can neither end nor recolour the line
+        as_json = self._as_json(now, level, component, event, fields) if self._json or self._file else ""
+        line = as_json if self._json else self._readable(now, level, f"{component}: {event}", said, fields)
+        if self._file:
+            self._file.handle(logging.makeLogRecord({"msg": as_json}))
         try:
-            self._stream.write(self.redact(line) + "\n")
+            self._stream.write(line + "\n")
             self._stream.flush()
         except (OSError, ValueError):  # whoever read our output is gone; the proxy goes on
             pass
+
+    def _as_json(self, now: datetime, level: str, component: str, event: str, fields: Mapping[str, Any]) -> str:
+        stamp = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        head = {"timestamp": stamp, "level": level, "component": component, "event": event}
+        return self.redact(json.dumps({**head, **fields}, default=str))
+
+    def _readable(self, now: datetime, level: str, what: str, said: str | None, fields: Mapping[str, Any]) -> str:
+        known = {key: value for key, value in fields.items() if value is not None}
+        message = known.pop("message", None)
+        text = said or " ".join(
+            [
+                what if message is None else f"{what.partition(':')[0]}: {message}",
+                *(f"{k}={v}" for k, v in known.items()),
+            ]
+        )
+        # A value can neither end nor recolour the line.
+        line = re.sub(
+            r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "?", f"{now.astimezone():%H:%M:%S} {level.lower():<8} {text}"
+        )
+        return self.redact(line)
 
 
 class LoggingHandler(logging.Handler):
@@ -796,58 +832,274 @@ class LoggingHandler(logging.Handler):
         self._log.event(record.levelname, record.name, "message", message=" ".join(text.split()))
 
 
+class Usage(NamedTuple):
+    """What one call consumed: tokens in and out, and LiteLLM's figure of its cost; None where nobody said."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """Both together."""
+        known = [count for count in self[:2] if count is not None]
+        return sum(known) if known else None
+
+
+@dataclass
+class Tally:
+    """What a backend learns of an answer while it goes out.
+
+    Args:
+        price: LiteLLM's cost in US dollars of a usage object, or None; asked where there is no ``known_cost``.
+        hidden: the client did not ask for the usage, and is not shown it.
+        error_status: of the error that ended a stream whose head was out.
+    """
+
+    price: Callable[[Mapping[str, Any]], float | None] = lambda _: None
+    known_cost: float | None = None
+    hidden: bool = False
+    error_status: int | None = None
+    _counted: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, usage: Any) -> None:
+        """Take in a usage object of any dialect, as LiteLLM's class or as a dict; later figures win."""
+        if usage is not None:
+            figures = usage if isinstance(usage, dict) else usage.model_dump()
+            self._counted.update((name, value) for name, value in figures.items() if value is not None)
+
+    def usage(self) -> Usage:
+        """The figures so far. Anthropic counts cached input tokens beside the others, OpenAI among them."""
+        counted = self._counted
+        if not counted:
+            return Usage(cost_usd=self.known_cost)
+        cached = sum(int(counted.get(f"cache_{kind}_input_tokens") or 0) for kind in ("read", "creation"))
+        given = counted.get("prompt_tokens")
+        tokens_in = given if given is not None else int(counted.get("input_tokens") or 0) + cached
+        tokens_out = counted.get("completion_tokens", counted.get("output_tokens", 0))
+        cost = self.price(counted) if self.known_cost is None else self.known_cost
+        return Usage(int(tokens_in), int(tokens_out or 0), cost)
+
+
+class Outcome(NamedTuple):
+    """One request that has ended, as the log and the metrics see it.
+
+    ``status`` is 499 where the client left; ``seconds`` and ``ttft`` (time to the first byte of the answer's body)
+    count from the request's head.
+    """
+
+    user_id: str
+    model: str
+    backend: str
+    status: int
+    seconds: float
+    ttft: float | None = None
+    usage: Usage = Usage()
+
+
+ERROR_KINDS = {  # status → kind, in the metrics; LiteLLM's and OpenAI's names where they have one
+    400: "invalid_request",
+    401: "authentication",
+    403: "permission",
+    404: "not_found",
+    408: "slow_request",
+    413: "request_too_large",
+    429: "rate_limit",
+    499: "client_gone",
+    500: "internal",
+    502: "connection",
+    503: "unavailable",
+    504: "timeout",
+    529: "overloaded",
+}
+
+# Metric → its type and what it counts. In /metrics each name is prefixed with memory_proxy_, but for process_*.
+FAMILIES = {
+    "requests_total": ("counter", "Requests answered, by memory id, model, backend and status class."),
+    "requests_in_flight": ("gauge", "Requests being served."),
+    "request_duration_seconds": ("histogram", "From the request's head to the end of its answer."),
+    "time_to_first_token_seconds": ("histogram", "From the request's head to the first byte of its answer's body."),
+    "recent_duration_seconds": ("gauge", "Percentiles of the request duration over the last 10 minutes."),
+    "recent_time_to_first_token_seconds": ("gauge", "Percentiles of the time to first token, last 10 minutes."),
+    "tokens_total": ("counter", "Tokens in and out, where the answer said how many."),
+    "cost_usd_total": ("counter", "Cost in US dollars, by LiteLLM's price list."),
+    "errors_total": ("counter", "Requests that ended in an error, by kind."),
+    "memory_errors_total": ("counter", "Answers without memory: the memory service failed (x-supermemory-error)."),
+    "memory_degraded": ("gauge", "1 where the last answer of the memory service was such a failure."),
+    "circuit_breaker_state": ("gauge", "0 closed, 1 half open, 2 open."),
+    "circuit_breaker_trips_total": ("counter", "How often the circuit breaker has opened."),
+    "cookies": ("gauge", "Cookies in the session's jar."),
+    "pool_connections": ("gauge", "Connections to the LiteLLM server."),
+    "litellm_server_restarts_total": ("counter", "How often the LiteLLM server had to be started again."),
+    "client_connections": ("gauge", "Client connections that are open."),
+    "process_cpu_seconds_total": ("counter", "User and system CPU time in seconds."),
+    "process_resident_memory_bytes": ("gauge", "Resident memory size in bytes."),
+    "process_open_fds": ("gauge", "Number of open file descriptors."),
+    "process_start_time_seconds": ("gauge", "Start time of the process since the Unix epoch in seconds."),
+}
+BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
+PERCENTILES = (50, 95, 99)
+
+Labels = tuple[tuple[str, str], ...]
+Samples = dict[str, dict[Labels, float]]  # metric → labels → value
+
+
+class Histogram:
+    """Counts of durations by `BUCKETS`, and the durations of the last ten minutes themselves."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.sum = 0.0
+        self._recent: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
+
+    def add(self, seconds: float) -> None:
+        """Take in one duration."""
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.sum += seconds
+        self._recent.append((time.monotonic(), seconds))
+
+    def recent(self) -> list[float]:
+        """The durations of the last `WINDOW_SECONDS`, sorted."""
+        since = time.monotonic() - WINDOW_SECONDS
+        return sorted(seconds for at, seconds in self._recent if at >= since)
+
+
+def percentile(ordered: Sequence[float], percent: int) -> float | None:
+    """The nearest-rank percentile of sorted values; None of none."""
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)] if ordered else None
+
+
 class Metrics:
-    """What was served, by memory id, backend and status class; one lock, at most `MAX_LABELS` memory ids."""
+    """What was served and how it went; one lock, at most `MAX_LABELS` memory ids and models."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._requests: Counter[tuple[str, str, str]] = Counter()
-        self._labels: set[str] = set()
+        self._counts: dict[str, Counter[Labels]] = {}
+        self._histograms = {name: Histogram() for name, (kind, _) in FAMILIES.items() if kind == "histogram"}
+        self._known: dict[str, set[str]] = {"user_id": set(), "model": set()}
         self._in_flight = 0
         self._started = time.time()
+        self.memory_degraded = False
+        self.sources: list[Callable[[], Samples]] = []  # figures that others keep, read when somebody asks
 
     def begin(self) -> None:
         """A request has begun."""
         with self._lock:
             self._in_flight += 1
 
-    def end(self, user_id: str, backend: str, status: int) -> None:
-        """A request that had begun has ended with this status; 499 says that the client left."""
+    def end(self, outcome: Outcome) -> None:
+        """A request that had begun has ended."""
+        usage = outcome.usage
         with self._lock:
             self._in_flight -= 1
-            if user_id not in self._labels and len(self._labels) >= MAX_LABELS:
-                user_id = "other"
-            self._labels.add(user_id)
-            self._requests[user_id, backend, f"{status // 100}xx"] += 1
+            client = (self._label("user_id", outcome.user_id), self._label("model", outcome.model))
+            labels = (*client, ("backend", outcome.backend))
+            self._count("requests_total", 1, *labels, ("status", f"{outcome.status // 100}xx"))
+            self._count("tokens_total", usage.input_tokens, *labels, ("direction", "in"))
+            self._count("tokens_total", usage.output_tokens, *labels, ("direction", "out"))
+            self._count("cost_usd_total", usage.cost_usd, *labels)
+            if outcome.status >= 400:
+                kind = ERROR_KINDS.get(outcome.status, f"http_{outcome.status // 100}xx")
+                self._count("errors_total", 1, ("kind", kind))
+            if outcome.backend != OWN:
+                self._histograms["request_duration_seconds"].add(outcome.seconds)
+                if outcome.ttft is not None:
+                    self._histograms["time_to_first_token_seconds"].add(outcome.ttft)
+
+    def memory_answered(self, *, failed: bool) -> None:
+        """The memory service has shown itself in an answer's headers."""
+        with self._lock:
+            self.memory_degraded = failed
+            self._count("memory_errors_total", int(failed))
+
+    def _label(self, name: str, value: str) -> tuple[str, str]:
+        known = self._known[name]
+        if value not in known and len(known) >= MAX_LABELS:
+            return name, "other"
+        known.add(value)
+        return name, value
+
+    def _count(self, name: str, amount: float | None, *labels: tuple[str, str]) -> None:
+        if amount is not None:
+            self._counts.setdefault(name, Counter())[labels] += amount  # type: ignore[assignment]
+
+    def samples(self) -> Samples:
+        """Every figure but the histograms'."""
+        with self._lock:
+            found: Samples = {name: dict(counts) for name, counts in self._counts.items()}
+            recent = {name: histogram.recent() for name, histogram in self._histograms.items()}
+            found["requests_in_flight"] = {(): self._in_flight}
+            found["memory_degraded"] = {(): int(self.memory_degraded)}
+        for name, ordered in recent.items():
+            values = ((("percentile", f"p{p}"), percentile(ordered, p)) for p in PERCENTILES)
+            family = "recent_" + name.removeprefix("request_")
+            found[family] = {(label,): value for label, value in values if value is not None}
+        for source in self.sources:
+            for name, rows in source().items():
+                found.setdefault(name, {}).update(rows)
+        found["process_start_time_seconds"] = {(): round(self._started, 3)}
+        found.update({name: {(): value} for name, value in process_figures().items()})
+        return found
 
     def snapshot(self) -> dict[str, Any]:
-        """As JSON: ``{"in_flight", "start_time", "requests": [{"user_id", "backend", "status", "count"}]}``."""
+        """As JSON: metric → its value, or a list of rows with ``value`` and a key for each label."""
+        figures: dict[str, Any] = {}
+        for name, rows in self.samples().items():
+            lone = rows.get(())
+            figures[name] = (
+                lone if lone is not None else [{**dict(labels), "value": value} for labels, value in rows.items()]
+            )
         with self._lock:
-            counted = sorted(self._requests.items())
-            in_flight = self._in_flight
-        keys = ("user_id", "backend", "status")
-        rows = [{**dict(zip(keys, labels, strict=True)), "count": count} for labels, count in counted]
-        return {"in_flight": in_flight, "start_time": self._started, "requests": rows}
+            for name, histogram in self._histograms.items():
+                figures[name] = {"count": sum(histogram.counts), "sum": round(histogram.sum, 6)}
+        return figures
 
     def prometheus(self) -> str:
-        """The same figures in Prometheus' text exposition format 0.0.4."""
-        figures = self.snapshot()
-        lines = [
-            "# HELP memory_proxy_requests_total Requests answered.",
-            "# TYPE memory_proxy_requests_total counter",
-            *(
-                "memory_proxy_requests_total{" + ",".join(f'{k}="{row[k]}"' for k in ("user_id", "backend", "status"))
-                + f"}} {row['count']}"
-                for row in figures["requests"]
-            ),
-            "# HELP memory_proxy_in_flight Requests being served.",
-            "# TYPE memory_proxy_in_flight gauge",
-            f"memory_proxy_in_flight {figures['in_flight']}",
-            "# HELP process_start_time_seconds Start time of the process since the Unix epoch.",
-            "# TYPE process_start_time_seconds gauge",
-            f"process_start_time_seconds {figures['start_time']:.3f}",
-        ]  # fmt: skip
+        """In Prometheus' text exposition format 0.0.4."""
+        samples = self.samples()
+        with self._lock:
+            for name, histogram in self._histograms.items():
+                samples.update(histogram_samples(name, histogram))
+        lines = []
+        for family, (kind, help_text) in FAMILIES.items():
+            name = family if family.startswith("process_") else f"memory_proxy_{family}"
+            suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+            rows = [(name + suffix, samples.get(family + suffix, {})) for suffix in suffixes]
+            lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
+            lines += [sample_line(full, labels, value) for full, values in rows for labels, value in values.items()]
         return "\n".join(lines) + "\n"
+
+
+def histogram_samples(name: str, histogram: Histogram) -> Samples:
+    """A histogram as Prometheus wants it: the buckets cumulative, with their upper bounds."""
+    bounds = (*(f"{bound:g}" for bound in BUCKETS), "+Inf")
+    cumulative = accumulate(histogram.counts)
+    return {
+        f"{name}_bucket": {(("le", bound),): count for bound, count in zip(bounds, cumulative, strict=True)},
+        f"{name}_sum": {(): histogram.sum},
+        f"{name}_count": {(): sum(histogram.counts)},
+    }
+
+
+def sample_line(name: str, labels: Labels, value: float) -> str:
+    """One line of Prometheus' text format."""
+    escaped = ((key, text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for key, text in labels)
+    within = ",".join(f'{key}="{text}"' for key, text in escaped)
+    return f"{name}{{{within}}} {value}" if within else f"{name} {value}"
+
+
+def process_figures() -> dict[str, float]:
+    """What Prometheus' own clients tell of every process; what this system does not tell is left out."""
+    figures: dict[str, float] = {"process_cpu_seconds_total": round(time.process_time(), 3)}
+    with contextlib.suppress(OSError):
+        figures["process_open_fds"] = sum(1 for _ in Path("/dev/fd").iterdir())
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        figures["process_resident_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux: the most that it has been, in KiB or, on macOS, in bytes
+        unit = 1 if sys.platform == "darwin" else 1024
+        figures["process_resident_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return figures
 
 
 # ── wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -937,7 +1189,10 @@ class Body(Protocol):
 
 @dataclass
 class Request:
-    """One request as it came in; ``path`` has no query and no host, ``target`` has both as the client sent them."""
+    """One request as it came in; ``path`` has no query and no host, ``target`` has both as the client sent them.
+
+    ``model`` is the one that the body names, once a backend has read it.
+    """
 
     method: str
     target: str
@@ -946,6 +1201,7 @@ class Request:
     peer: Peer
     minor_version: int = 1
     id: str = ""
+    model: str = ""
 
     @property
     def path(self) -> str:
@@ -968,6 +1224,7 @@ class Response:
         tunnel: after a 101, takes over the client's socket, with what was read from it too far, and returns when
             either side has closed.
         bodiless: it has no body by its nature (HEAD, 204, 304), and its fields say all about its length.
+        tally: what becomes known of it on the way.
     """
 
     status: int
@@ -977,6 +1234,7 @@ class Response:
     reason: str | None = None
     tunnel: Callable[[socket.socket, bytes], None] | None = None
     bodiless: bool = False
+    tally: Tally = field(default_factory=Tally)
 
 
 JSON_CONTENT = ("Content-Type", "application/json")
@@ -1812,18 +2070,27 @@ class Endpoint:
 
     function: str
     shape: Mapping[str, type | tuple[type, ...]]
-    frames: Callable[[Any, str], AsyncIterator[bytes]]
+    frames: Callable[[Any, str, Tally], AsyncIterator[bytes]]
 
 
-async def chat_frames(stream: Any, model: str) -> AsyncIterator[bytes]:
+async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """LiteLLM's chunks as OpenAI's events; each names the model as the client does."""
-    renamed = {"model": model}
+    changed: dict[str, Any] = {"model": model, **({"usage": None} if tally.hidden else {})}
     async for part in stream:  # a copy: LiteLLM prices the call by the chunks that it made
-        yield sse_event(part.model_copy(update=renamed).model_dump_json(exclude_none=True, exclude_unset=True))
+        usage = getattr(part, "usage", None)
+        tally.add(usage)
+        if usage is not None and tally.hidden and is_bare(part):
+            continue
+        yield sse_event(part.model_copy(update=changed).model_dump_json(exclude_none=True, exclude_unset=True))
     yield SSE_DONE
 
 
-async def message_frames(stream: Any, _model: str) -> AsyncIterator[bytes]:
+def is_bare(part: Any) -> bool:
+    """Whether a chunk says nothing but the usage."""
+    return not any(choice.finish_reason or choice.delta.model_dump(exclude_none=True) for choice in part.choices)
+
+
+async def message_frames(stream: Any, _model: str, tally: Tally) -> AsyncIterator[bytes]:
     """Anthropic's events: LiteLLM hands them on as the bytes that they are, cut anywhere.
 
     Raises:
@@ -1842,6 +2109,7 @@ async def message_frames(stream: Any, _model: str) -> AsyncIterator[bytes]:
         if not gap:
             continue
         good, error, said = (b"\n" + events).partition(b"\nevent: error\n")
+        count_usage(good, tally)
         if good.strip():
             yield good[1:].rstrip(b"\n") + b"\n\n"
         if error:
@@ -1849,6 +2117,19 @@ async def message_frames(stream: Any, _model: str) -> AsyncIterator[bytes]:
         ended = ended or b"event: message_stop" in good
     if not ended:
         raise ProxyError(502, "the provider's stream ended early")
+
+
+def count_usage(events: bytes, tally: Tally) -> None:
+    """Take the usage out of Anthropic's events: the first and the last but one have it."""
+    if b'"usage"' not in events:
+        return
+    for line in events.split(b"\n"):
+        if not (line.startswith(b"data:") and b'"usage"' in line):
+            continue
+        with contextlib.suppress(ValueError, AttributeError):
+            document = json.loads(line[5:])
+            usage = document.get("usage") or document.get("message", {}).get("usage")
+            tally.add(usage if isinstance(usage, dict) else None)
 
 
 def event_error(event: bytes) -> ProxyError:
@@ -1859,10 +2140,11 @@ def event_error(event: bytes) -> ProxyError:
     return ProxyError(status, plain_text(str(said.get("message") or "the provider's stream failed")), kind=kind)
 
 
-async def response_frames(stream: Any, model: str) -> AsyncIterator[bytes]:
+async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """LiteLLM's events of a response as OpenAI's; those that carry the response name the model as the client does."""
     async for part in stream:
         response: Any = getattr(part, "response", None)
+        tally.add(getattr(response, "usage", None))
         if getattr(response, "model", None):
             part = part.model_copy(update={"response": response.model_copy(update={"model": model})})
         yield sse_event(
@@ -2008,12 +2290,14 @@ class SdkBackend:
             raise ProxyError(404, f"{request.path} is not served in sdk mode; binary mode serves all of LiteLLM's API")
         require_method(request, "POST")
         params = self._params(request, endpoint)
+        request.model = params["model"]
+        tally = Tally(hidden=self._ask_for_usage(endpoint, params))
         if self._litellm.cache is not None:  # a cached answer has been written with a memory: it is that memory's own
             params["cache"] = {**(params.get("cache") or {}), "namespace": route.user_id}
         headers = upstream_headers(request, route, self._config.mappings)
 
         async def produce(channel: Channel) -> None:
-            await self._produce(channel, endpoint, params, headers, dialect_of(request.path))
+            await self._produce(channel, endpoint, params, headers, dialect_of(request.path), tally)
 
         call = self._bridge.call(produce, request.peer)
         try:
@@ -2025,7 +2309,41 @@ class SdkBackend:
             response.body = call
         else:
             call.finish()
+        response.tally = tally
         return response
+
+    @staticmethod
+    def _ask_for_usage(endpoint: Endpoint, params: dict[str, Any]) -> bool:
+        """Have a chat stream end with its usage, as LiteLLM's server does; whether the client did not want it.
+
+        LiteLLM keeps it from providers that do not know ``stream_options``, and counts by itself there.
+        """
+        wanted = params.get("stream_options") or {}
+        if endpoint.frames is not chat_frames or params.get("stream") is not True or "messages" not in endpoint.shape:
+            return False
+        if wanted.get("include_usage") is True:
+            return False
+        params["stream_options"] = {**wanted, "include_usage": True}
+        return True
+
+    def _price(self, model: str, result: Any, usage: Mapping[str, Any]) -> float | None:
+        """LiteLLM's price of a call, or None where it has none for the model."""
+        hidden = hidden_params(result)
+        deployment = self._router.get_deployment(hidden.get("model_id") or "")
+        params = {} if deployment is None else deployment.litellm_params.model_dump(exclude_none=True)
+        info = {} if deployment is None else deployment.model_info.model_dump(exclude_none=True)
+        configured = str(params.get("model") or model)  # of a wildcard: the provider before, the client's name behind
+        name = f"{configured.partition('/')[0]}/{model.rpartition('/')[2]}" if "*" in configured else configured
+        try:
+            cost = self._litellm.completion_cost(
+                {"model": name, "usage": dict(usage)},
+                model=name,
+                custom_pricing=any("cost_per" in key for key in {**params, **info}) or None,
+                router_model_id=hidden.get("model_id"),
+            )
+        except Exception:  # LiteLLM's way of saying that it does not know the model
+            return None
+        return float(cost)
 
     def _params(self, request: Request, endpoint: Endpoint) -> dict[str, Any]:
         """The request body, checked as far as LiteLLM would stumble over it."""
@@ -2049,7 +2367,13 @@ class SdkBackend:
         return params
 
     async def _produce(
-        self, channel: Channel, endpoint: Endpoint, params: dict[str, Any], headers: dict[str, str], dialect: str
+        self,
+        channel: Channel,
+        endpoint: Endpoint,
+        params: dict[str, Any],
+        headers: dict[str, str],
+        dialect: str,
+        tally: Tally,
     ) -> None:
         """Call LiteLLM and put the answer into the channel: its head, then, where it is streamed, its events."""
         exchange = Exchange()
@@ -2065,12 +2389,14 @@ class SdkBackend:
             if result is None:
                 raise ProxyError(502, f"LiteLLM gave no answer for {model}")
             refuse_page(exchange)
+            tally.price = lambda usage: self._price(model, result, usage)
             if params.get("stream") is not True:
+                tally.add(result.get("usage") if isinstance(result, dict) else getattr(result, "usage", None))
                 await channel.put(
                     Response(200, [JSON_CONTENT, *provider_headers(exchange)], whole_answer(result, model))
                 )
                 return
-            async for data in endpoint.frames(result, served_model(result, model)):
+            async for data in endpoint.frames(result, served_model(result, model), tally):
                 held.append(data)
                 # The head leaves with the first event that the provider caused, so that an error before it still has a
                 # status of its own: for some providers LiteLLM makes an event of its own before it calls them.
@@ -2082,6 +2408,7 @@ class SdkBackend:
             failure = self._failure(error, exchange, model)
             if not started:
                 raise failure from error
+            tally.error_status = failure.status
             await channel.put(sse_error(failure.redact(self._log.redact), dialect))
         finally:  # a stream that is left behind would keep its connection to the provider
             if hasattr(result, "aclose"):
@@ -2141,10 +2468,14 @@ class SdkBackend:
         return ProxyError(400, f"LiteLLM cannot translate this request for {model}: {plain_message(error)}")
 
     def _missing_keys_of(self, model: str) -> str:
-        """The variables that a model lacks: by its name, or by the longest wildcard that covers it."""
+        """The variables that a model lacks, in words."""
+        return self.missing_keys.get(self._covering_name(model), "")
+
+    def _covering_name(self, model: str) -> str:
+        """The name of the config under which a model is served: its own, or the longest wildcard that covers it."""
         names = self._config.model_names
-        covering = [name for name in names if "*" in name and fnmatch.fnmatchcase(model, name)]
-        return self.missing_keys.get(model if model in names else max(covering, key=len, default=""), "")
+        covering = (name for name in names if "*" in name and fnmatch.fnmatchcase(model, name))
+        return model if model in names else max(covering, key=len, default="")
 
     def _models(self, wanted: str) -> Response:
         """``GET /models`` and ``GET /models/{id}``."""
@@ -2171,6 +2502,10 @@ class SdkBackend:
     def health(self) -> dict[str, dict[str, Any]]:
         """This backend's rows of ``/health``."""
         return {"session_manager": self.session.health()}
+
+    def samples(self) -> Samples:
+        """This backend's part of the metrics."""
+        return {"cookies": {(): self.session.cookie_count}}
 
     def close(self) -> None:
         """Close LiteLLM's connections and the loop."""
@@ -2358,10 +2693,15 @@ def provider_headers(exchange: Exchange) -> list[tuple[str, str]]:
     ]
 
 
+def hidden_params(result: Any) -> dict[str, Any]:
+    """What LiteLLM notes of a result beside it."""
+    hidden = result.get("_hidden_params") if isinstance(result, dict) else getattr(result, "_hidden_params", None)
+    return hidden or {}
+
+
 def served_model(result: Any, model: str) -> str:
     """The model that the client reads: the one it named, or after a fallback the one that answered."""
-    hidden = result.get("_hidden_params") if isinstance(result, dict) else getattr(result, "_hidden_params", None)
-    extra = (hidden or {}).get("additional_headers") or {}
+    extra = hidden_params(result).get("additional_headers") or {}
     fell_back = extra.get("x-litellm-attempted-fallbacks")
     return str(extra.get("x-litellm-model-group") or model) if fell_back else model
 
@@ -2412,42 +2752,70 @@ class Upstream:
 
 
 class Pool:
-    """Idle connections to one upstream, the last used first; one lock, held for no I/O."""
+    """The connections to one upstream; idle ones are used again, the last used first. One lock, held for no I/O."""
 
     def __init__(self, upstream: Upstream) -> None:
-        self._upstream, self._lock = upstream, threading.Lock()
+        self._upstream, self._changed = upstream, threading.Condition()
         self._idle: deque[tuple[socket.socket, float]] = deque()
+        self._busy = 0
+        self._closed = False
 
-    def take(self) -> tuple[socket.socket, bool]:
+    def take(self, *, fresh: bool = False) -> tuple[socket.socket, bool]:
         """A connection, and whether it was used before; raises ProxyError 503 where none can be made."""
-        while True:
-            with self._lock:
-                if not self._idle:
-                    break
-                sock, since = self._idle.pop()
-            # An idle connection that is readable was closed by its peer (or sends what nobody asked for).
-            if time.monotonic() - since < POOL_IDLE_SECONDS and not readable(sock):
-                return sock, True
-            sock.close()
-        return self._upstream.connect(), False
+        with self._changed:
+            self._busy += 1
+        try:
+            while not fresh:
+                with self._changed:
+                    if not self._idle:
+                        break
+                    sock, since = self._idle.pop()
+                # An idle connection that is readable was closed by its peer (or sends what nobody asked for).
+                if time.monotonic() - since < POOL_IDLE_SECONDS and not readable(sock):
+                    return sock, True
+                sock.close()
+            return self._upstream.connect(), False
+        except BaseException:
+            self._leave()
+            raise
 
-    def give(self, sock: socket.socket) -> None:
-        """Take back a connection on which a whole answer was read; close those that nobody has used for long."""
+    def release(self, sock: socket.socket, *, keep: bool = False) -> None:
+        """Take back a connection, to be used again where a whole answer was read on it; close those idle for long."""
         now = time.monotonic()
-        dropped = []
-        with self._lock:
-            self._idle.append((sock, now))
-            while len(self._idle) > POOL_SIZE or now - self._idle[0][1] > POOL_IDLE_SECONDS:
+        dropped = [] if keep else [sock]
+        with self._changed:
+            if keep:
+                self._idle.append((sock, now))
+            while self._idle and (
+                self._closed or len(self._idle) > POOL_SIZE or now - self._idle[0][1] > POOL_IDLE_SECONDS
+            ):
                 dropped.append(self._idle.popleft()[0])
         for old in dropped:
             old.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._busy -= 1
+            self._changed.notify_all()
+
+    def count(self) -> dict[str, int]:
+        """How many connections are busy, and how many idle."""
+        with self._changed:
+            return {"busy": self._busy, "idle": len(self._idle)}
 
     def close(self) -> None:
-        """Close what is idle."""
-        with self._lock:
+        """Close what is idle, and from now on whatever comes back."""
+        with self._changed:
+            self._closed = True
             idle, self._idle = self._idle, deque()
         for sock, _ in idle:
             sock.close()
+
+    def wait_quiet(self, seconds: float) -> bool:
+        """Wait until no connection is busy; False where some still were at the end."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._busy == 0, seconds)
 
 
 def readable(sock: socket.socket) -> bool:
@@ -2559,6 +2927,41 @@ class Connection:
         return int(status), reason or "", int(minor), Headers.parse(lines.split("\r\n") if lines else [])
 
 
+class AnswerBody:
+    """The body of a server's answer, read as it is asked for.
+
+    Args:
+        finish: called once, with whether the body was read to its end.
+    """
+
+    def __init__(self, connection: Connection, framing: int, finish: Callable[[bool], None]) -> None:
+        # The head leaves at once, however long the first byte of the body takes.
+        early = () if connection.reader.buffered else (b"",)
+        self._pieces, self._finish = chain(early, connection.reader.body(framing)), finish
+        self._open = True
+
+    def __iter__(self) -> AnswerBody:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            self._end(whole=True)
+            raise
+        except ProxyError as error:
+            raise ProxyError(502, f"the LiteLLM server broke off its answer: {error.message}") from None
+
+    def close(self) -> None:
+        """Give the connection up where it is still in use."""
+        self._end(whole=False)
+
+    def _end(self, *, whole: bool) -> None:
+        if self._open:
+            self._open = False
+            self._finish(whole)
+
+
 class BinaryBackend:
     """Forwards requests to LiteLLM's server.
 
@@ -2589,23 +2992,25 @@ class BinaryBackend:
         reason = self._down()
         if reason:
             raise unavailable(reason)
-        refuse_smuggled_headers(request)
+        if request.body.framing and not is_form(request):
+            data = request.body.read()
+            request.model = model_named_in(data)
+            refuse_smuggled_headers(data)
         head = self._head(request, route)
         try:  # a streamed body cannot be sent again, and so is not trusted to a connection that may be stale
-            fresh = is_streamed(request)
-            return self._attempt(request, head, *((self._upstream.connect(), False) if fresh else self._pool.take()))
+            return self._attempt(request, head, *self._pool.take(fresh=is_streamed(request)))
         except Stale:
-            return self._attempt(request, head, self._upstream.connect(), False)
+            return self._attempt(request, head, *self._pool.take(fresh=True))
 
     def _attempt(self, request: Request, head: bytes, sock: socket.socket, reused: bool) -> Response:
         """One try on one connection; raises `Stale` where another may do."""
         try:
             return self._exchange(Connection(sock, request.peer, self._timeout, reused), request, head)
         except OSError as error:
-            sock.close()
+            self._pool.release(sock)
             raise ProxyError(502, f"the connection to the LiteLLM server broke ({error})") from None
         except BaseException:
-            sock.close()
+            self._pool.release(sock)
             raise
 
     def _head(self, request: Request, route: Route) -> bytes:
@@ -2639,8 +3044,9 @@ class BinaryBackend:
         if framing == BODILESS:
             self._finish(connection, keep)
             return Response(status, fields, b"", reason=reason, bodiless=True)
-        body = self._body(connection, framing, keep)
-        return Response(status, fields, body, framing if framing > 0 else None, reason)
+        body = AnswerBody(connection, framing, lambda whole: self._finish(connection, keep and whole))
+        tally = Tally(known_cost=stated_cost(headers))
+        return Response(status, fields, body, framing if framing > 0 else None, reason, tally=tally)
 
     def _send(self, connection: Connection, request: Request, head: bytes) -> bool:
         """Send head and body; False where the server answered before it had all of the body."""
@@ -2684,36 +3090,22 @@ class BinaryBackend:
             if answer[0] != 100:  # a 100 nobody waits for any more
                 request.peer.interim(answer[0], answer[3])
 
-    def _body(self, connection: Connection, framing: int, keep: bool) -> Iterator[bytes]:
-        """The answer's body; the connection goes back to the pool at its end, and is closed if it breaks off."""
-        done = False
-        try:
-            if not connection.reader.buffered:
-                yield b""  # the head leaves at once, however long the first byte of the body takes
-            yield from connection.reader.body(framing)
-            done = True
-        except ProxyError as error:
-            raise ProxyError(502, f"the LiteLLM server broke off its answer: {error.message}") from None
-        finally:
-            self._finish(connection, keep and done)
-
     def _finish(self, connection: Connection, keep: bool) -> None:
-        if keep and not connection.reader.buffered:
-            self._pool.give(connection.sock)
-        else:
-            connection.sock.close()
+        """The exchange is over; its connection is kept where the answer was whole and nothing came behind it."""
+        self._pool.release(connection.sock, keep=keep and not connection.reader.buffered)
 
-    @staticmethod
-    def _tunnel(connection: Connection, status: int, reason: str, headers: Headers) -> Response:
+    def _tunnel(self, connection: Connection, status: int, reason: str, headers: Headers) -> Response:
         """A 101: from here on bytes flow both ways, whatever they are."""
         fields = [*headers.end_to_end(), ("Connection", "Upgrade"), ("Upgrade", headers.get("upgrade"))]
 
         def tunnel(client: socket.socket, early: bytes) -> None:
-            with connection.sock:
+            try:
                 connection.sock.sendall(early)
                 first = connection.reader.some(RECEIVE_BYTES) if connection.reader.buffered else b""
                 client.sendall(first)
                 pump(client, connection.sock)
+            finally:
+                self._finish(connection, keep=False)
 
         return Response(status, fields, reason=reason, tunnel=tunnel)
 
@@ -2728,6 +3120,10 @@ class BinaryBackend:
             }
         }
 
+    def samples(self) -> Samples:
+        """This backend's part of the metrics."""
+        return {"pool_connections": {(("state", state),): count for state, count in self._pool.count().items()}}
+
     def close(self) -> None:
         """Close idle connections."""
         self._pool.close()
@@ -2736,6 +3132,14 @@ class BinaryBackend:
 def unavailable(reason: str) -> ProxyError:
     """The 503 of a LiteLLM server that cannot be asked."""
     return ProxyError(503, reason, headers=[("Retry-After", str(RETRY_AFTER_SECONDS))])
+
+
+def stated_cost(headers: Headers) -> float | None:
+    """What LiteLLM's server says that a call cost, in US dollars; for streams it does not know yet."""
+    try:
+        return float(headers.get("x-litellm-response-cost")) or None
+    except ValueError:
+        return None
 
 
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -2752,7 +3156,23 @@ def is_streamed(request: Request) -> bool:
     return is_form(request) and not 0 <= request.body.framing <= RECEIVE_BYTES
 
 
-def refuse_smuggled_headers(request: Request) -> None:
+MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.){0,500}")')
+
+
+def model_named_in(data: bytes) -> str:
+    """The model that a JSON body names, for the log and the metrics; "" where it names none.
+
+    A body is parsed only where more than one place could be meant: a conversation is large, its model is not.
+    """
+    found = MODEL_FIELD.findall(data)
+    try:
+        named = json.loads(data).get("model") if len(found) > 1 else json.loads(found[0]) if found else ""
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+    return named if isinstance(named, str) else ""
+
+
+def refuse_smuggled_headers(data: bytes) -> None:
     """Refuse a body that would make LiteLLM's server replace the headers that we inject.
 
     The server merges a body's ``extra_headers`` over the forwarded ones (measured with 1.106.2), the memory id
@@ -2761,9 +3181,6 @@ def refuse_smuggled_headers(request: Request) -> None:
     Raises:
         ProxyError: 400.
     """
-    if not request.body.framing or is_form(request):
-        return
-    data = request.body.read()
     if not any(hint in data for hint in (b"extra_headers", b"provider_specific_header", b"fallbacks", b"\\u")):
         return
     if not data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
@@ -2966,6 +3383,9 @@ class Backend(Protocol):
     def health(self) -> dict[str, dict[str, Any]]:
         """Rows for ``checks`` of ``/health``, each with a ``status``."""
 
+    def samples(self) -> Samples:
+        """This backend's part of the metrics."""
+
     def close(self) -> None:
         """Let go of everything."""
 
@@ -3051,25 +3471,34 @@ def is_loopback(name: str) -> bool:
 
 @dataclass
 class Record:
-    """What is logged of one request; ``backend`` is None for the endpoints of our own."""
+    """What is remembered of one request; ``backend`` is `OWN` for the endpoints of our own."""
 
     request: Request
-    id: str
     began: float
     route: Route = Route("")
-    backend: str | None = None
+    backend: str = OWN
+    ttft: float | None = None
+
+    def seconds(self) -> float:
+        """How long ago the request's head was read."""
+        return time.monotonic() - self.began
+
+    def first_byte(self) -> None:
+        """The first byte of the answer's body is there."""
+        self.ttft = self.seconds()
 
 
 class WatchedBody:
-    """A streamed body that tells when it has ended.
+    """A streamed body that tells when it began and when it has ended.
 
     Args:
+        began: called with the first bytes.
         done: called once, with None where all of the body was taken, else with the status to record: 499 where the
             client left, 502 where the body broke off.
     """
 
-    def __init__(self, body: Iterator[bytes], done: Callable[[int | None], None]) -> None:
-        self._body, self._done = body, done
+    def __init__(self, body: Iterator[bytes], began: Callable[[], None], done: Callable[[int | None], None]) -> None:
+        self._body, self._began, self._done = body, began, done
         self._status: int | None = 499
 
     def __iter__(self) -> WatchedBody:
@@ -3077,19 +3506,27 @@ class WatchedBody:
 
     def __next__(self) -> bytes:
         try:
-            return next(self._body)
+            data = next(self._body)
         except StopIteration:
             self._status = None
             raise
         except ProxyError:
             self._status = 502
             raise
+        if data:
+            self._began()
+            self._began = nothing
+        return data
 
     def close(self) -> None:
         """Close the body; the front calls this whatever happened."""
         self._body.close()  # type: ignore[attr-defined]
-        done, self._done = self._done, lambda _: None
+        done, self._done = self._done, nothing
         done(self._status)
+
+
+def nothing(*_: Any) -> None:
+    """Stands for a callback that has been called."""
 
 
 class Application:
@@ -3111,8 +3548,8 @@ class Application:
 
     def answer(self, request: Request) -> Response:
         """Serve one request; every outcome but a vanished client is a Response."""
-        record = Record(request, request_id(request.headers), time.monotonic())
-        request.id = record.id
+        record = Record(request, time.monotonic())
+        request.id = request_id(request.headers)
         own = self._own.get(request.path)
         self._metrics.begin()
         try:
@@ -3130,7 +3567,7 @@ class Application:
         except ProxyError as error:
             response = self._error(error, request)
         except ClientGone:
-            self._end(record, 499)
+            self._end(record, Response(499))
             raise
         except Exception as error:  # our own defect: the client gets a clean answer, the log what we need to mend it
             where = where_raised(error)
@@ -3140,9 +3577,11 @@ class Application:
         ours = {name.lower() for name, _ in added} - {"vary"}
         response.headers = [*((name, value) for name, value in response.headers if name.lower() not in ours), *added]
         if isinstance(response.body, bytes):
-            self._end(record, response.status)
+            record.ttft = record.seconds()
+            self._end(record, response)
         else:
-            response.body = WatchedBody(response.body, lambda status: self._end(record, status or response.status))
+            body = WatchedBody(response.body, record.first_byte, lambda status: self._end(record, response, status))
+            response.body = body
         return response
 
     def _answer_own(self, request: Request, own: Callable[[Request], Response]) -> Response:
@@ -3190,21 +3629,51 @@ class Application:
         error.redact(self._log.redact)
         return json_response(error.status, error.body(dialect_of(request.path)), error.headers)
 
-    def _end(self, record: Record, status: int) -> None:
+    def _end(self, record: Record, response: Response, status: int | None = None) -> None:
         """A request has ended: count it, log it. 499 says that the client left."""
-        self._metrics.end(record.route.user_id or "-", record.backend or "-", status)
+        status = status or response.tally.error_status or response.status
+        request, route = record.request, record.route
+        memory_error = self._watch_memory(response)
+        outcome = Outcome(
+            route.user_id or "-",
+            request.model or "-",
+            record.backend,
+            status,
+            record.seconds(),
+            record.ttft,
+            response.tally.usage(),
+        )
+        self._metrics.end(outcome)
+        usage = outcome.usage
         self._log.event(
-            "INFO" if record.backend else "DEBUG",
+            "DEBUG" if record.backend == OWN else "INFO",
             "request",
             "answered" if status != 499 else "client_gone",
-            request_id=record.id,
-            method=record.request.method,
-            path=record.request.path[:MAX_LOGGED],
-            user_id=record.route.user_id or None,
+            said=readable_outcome(outcome, request),
+            request_id=request.id,
+            user_id=route.user_id or None,
+            model=request.model[:MAX_LOGGED] or None,
             backend=record.backend,
             status=status,
-            duration_ms=round((time.monotonic() - record.began) * 1000, 1),
+            method=request.method,
+            path=request.path[:MAX_LOGGED],
+            duration_ms=round(outcome.seconds * 1000, 1),
+            ttft_ms=None if record.ttft is None else round(record.ttft * 1000, 1),
+            tokens=usage.tokens,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cost_usd=usage.cost_usd,
+            memory_error=memory_error,
         )
+
+    def _watch_memory(self, response: Response) -> str | None:
+        """What the memory service says of itself in an answer; LiteLLM's server puts a prefix before its headers."""
+        said = {name.lower().removeprefix("llm_provider-"): value for name, value in response.headers}
+        if not any(name.startswith("x-supermemory-") for name in said):
+            return None
+        error = said.get("x-supermemory-error")
+        self._metrics.memory_answered(failed=error is not None)
+        return error
 
     # The endpoints of our own.
 
@@ -3214,6 +3683,7 @@ class Application:
             "session_manager": {"status": "healthy", "cookie_count": 0},
             "configuration": {"status": "healthy", "model_count": len(self._config.model_names)},
             "memory_router": {"status": "healthy", "pattern_count": len(mappings.patterns)},
+            "memory_service": {"status": "degraded" if self._metrics.memory_degraded else "healthy"},
             **self._backend.health(),
         }
         worst = max((row["status"] for row in checks.values()), key=("healthy", "degraded", "unhealthy").index)
@@ -3232,6 +3702,22 @@ class Application:
         return Response(
             200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], self._metrics.prometheus().encode()
         )
+
+
+def readable_outcome(outcome: Outcome, request: Request) -> str:
+    """The log line of a request for a person at a terminal."""
+    usage, ttft = outcome.usage, outcome.ttft
+    streamed = ttft is not None and outcome.seconds - ttft > 0.001
+    parts = (
+        outcome.user_id,
+        outcome.model if request.model else f"{request.method} {request.path[:MAX_LOGGED]}",
+        outcome.backend,
+        "client left" if outcome.status == 499 else str(outcome.status),
+        f"{usage.input_tokens}+{usage.output_tokens} tokens" if usage.tokens is not None else "",
+        f"{outcome.seconds:.2f} s" + (f" (first byte after {ttft:.2f} s)" if streamed else ""),
+        f"id={request.id}",
+    )
+    return "  ".join(part for part in parts if part)
 
 
 def request_id(headers: Headers) -> str:
@@ -3504,6 +3990,11 @@ class Connections:
         self._busy: dict[socket.socket, bool] = {}
         self.draining = False
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._busy)
+
     def admit(self, sock: socket.socket) -> bool:
         """Take in a new connection, in the place of the longest idle one if need be; False where there is none."""
         with self._changed:
@@ -3685,6 +4176,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=str.upper,
         help="what is logged (default: LOG_LEVEL, else INFO)",
     )
+    add("--log-json", action="store_true", help="log JSON lines on a terminal too; elsewhere it does so anyway")
+    add("--log-file", metavar="PATH", help="log there too, as JSON lines; rotated at 10 MiB, five older files are kept")
     server_port = "the port of the LiteLLM server that is started (default: %(default)s)"
     add("--litellm-port", metavar="N", type=port_number, default=DEFAULT_LITELLM_PORT, help=server_port)
     return parser
@@ -3815,6 +4308,7 @@ class Program:
             self._backends[name] = self._backend(name, binary_url)
         for name, port in plan:
             self._fronts.append(self._front(name, port))
+        self._metrics.sources += [self._samples, *(backend.samples for backend in self._backends.values())]
         for front in self._fronts:
             front.start()
         if self._server:
@@ -3823,6 +4317,14 @@ class Program:
             return
         for (name, _), front in zip(plan, self._fronts, strict=True):
             print(f"ready: {name} {front.url}", flush=True)
+
+    def _samples(self) -> Samples:
+        """The program's own part of the metrics."""
+        connections = sum(front.connections.count for front in self._fronts)
+        found: Samples = {"client_connections": {(): connections}}
+        if self._server:
+            found["litellm_server_restarts_total"] = {(): self._server.restarts}
+        return found
 
     def _backend(self, name: str, binary_url: str | None) -> Backend:
         if name == "sdk":
@@ -3921,11 +4423,12 @@ def serve(arguments: argparse.Namespace) -> int:
     """Run the proxy until it is told to stop; returns the exit code."""
     config = load_config(arguments.config)
     settings = settle(arguments, config)
-    terminal = sys.stderr.isatty()
+    as_json = arguments.log_json or not sys.stderr.isatty()
     if arguments.log_level not in LEVELS:  # argparse does not check a default
         raise StartError(f"LOG_LEVEL must be one of {', '.join(LEVELS)}, not {arguments.log_level!r}")
     level = getattr(logging, arguments.log_level)
-    log = Log(sys.stderr, as_json=not terminal, redact=Redactor(config.secrets | environment_secrets()), level=level)
+    redact = Redactor(config.secrets | environment_secrets())
+    log = Log(sys.stderr, as_json=as_json, redact=redact, level=level, file=arguments.log_file)
     for warning in config.warnings:
         log.event("WARNING", "config", "warning", message=str(warning))
     refuse_open_bind(settings, config)
@@ -3933,9 +4436,10 @@ def serve(arguments: argparse.Namespace) -> int:
     program = Program(settings, config, log, stopped=lambda: signals.came)
     try:
         program.start()
-        guide = Log(sys.stdout, as_json=not sys.stdout.isatty(), redact=log.redact)
+        plain = sys.stdout.isatty() and not arguments.log_json
+        guide = Log(sys.stdout, as_json=True, redact=log.redact)
         for line in program.guide() if not signals.came else ():
-            print(line, flush=True) if sys.stdout.isatty() else guide.event("INFO", "guide", "start", message=line)
+            print(line, flush=True) if plain else guide.event("INFO", "guide", "start", message=line)
         signals.wait()
         log.event("INFO", "program", "stopping")
     finally:

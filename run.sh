@@ -69,7 +69,7 @@ need_lines() { # need WHAT, with the requirements from standard input, one a lin
 
 make_venv
 if [ "${1-}" = oldest ]; then
-    { requirements | sed 's/^litellm>=\([0-9.]*\).*/litellm==\1/'; echo 'pytest>=8,<10'; } |
+    { requirements | sed 's/^litellm>=\([0-9.]*\).*/litellm==\1/'; printf '%s\n' 'pytest>=8,<10' 'prometheus_client'; } |
         need_lines "the oldest LiteLLM that the metadata allows (450 MB)"
 else
     requirements | need_lines "the proxy (450 MB, about a minute)"
@@ -79,7 +79,7 @@ case ${1-} in
 test)
     shift
     server_requirement | need_lines "LiteLLM's server, for binary mode (300 MB more)"
-    need "the tests' tools" 'pytest>=8,<10' 'openai' 'anthropic'
+    need "the tests' tools" 'pytest>=8,<10' 'openai' 'anthropic' 'prometheus_client'
     cd "$here"
     exec "$py" -m pytest test_proxy.py "$@"
     ;;

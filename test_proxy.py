@@ -13,6 +13,7 @@ import ast
 import asyncio
 import contextlib
 import importlib
+import io
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 import litellm_memory_proxy as proxy
 
@@ -345,7 +347,14 @@ def clean_environment(**extra: str) -> dict[str, str]:
 class Proxy:
     """litellm_memory_proxy.py as a process of its own."""
 
-    def __init__(self, config: dict[str, Any], *arguments: str, wait: bool = True, **environment: str) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        *arguments: str,
+        wait: bool = True,
+        terminal: int | None = None,
+        **environment: str,
+    ) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.config = Path(self.folder.name) / "config.yaml"
         self.config.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -354,7 +363,7 @@ class Proxy:
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT if terminal is None else terminal,
             text=True,
             env=clean_environment(**environment),
             cwd=self.folder.name,
@@ -821,15 +830,69 @@ def test_a_log_line_cannot_be_forged(tmp_path: Path) -> None:
         assert text.count("\n") == 1 and "\r" not in text and "\x1b" not in text and "\u2028" not in text
 
 
+def outcome(user_id: str = "a", status: int = 200, **more: Any) -> proxy.Outcome:
+    return proxy.Outcome(user_id, **{"model": "gpt", "backend": "sdk", "status": status, "seconds": 0.3, **more})
+
+
 def test_metrics_count_by_memory_and_bound_their_labels() -> None:
     metrics = proxy.Metrics()
-    for number in range(proxy.MAX_LABELS + 50):
+    for number in range(150):
         metrics.begin()
-        metrics.end(f"user-{number}", "sdk", 200)
-    rows = metrics.snapshot()["requests"]
-    assert len(rows) == proxy.MAX_LABELS + 1
-    assert [row["count"] for row in rows if row["user_id"] == "other"] == [50]
-    assert 'memory_proxy_requests_total{user_id="other",backend="sdk",status="2xx"} 50' in metrics.prometheus()
+        metrics.end(outcome(f"user-{number}", model=f"model-{number}"))
+    rows = metrics.snapshot()["requests_total"]
+    assert len(rows) == 101 and sum(row["value"] for row in rows) == 150
+    most = max(rows, key=lambda row: row["value"])
+    assert most == {"user_id": "other", "model": "other", "backend": "sdk", "status": "2xx", "value": 50}
+    assert metrics.snapshot()["requests_in_flight"] == 0
+
+
+def test_metrics_are_valid_in_prometheus_format_whatever_their_labels() -> None:
+    metrics = proxy.Metrics()
+    odd = 'a"b\\c\nd\u00fc{}'
+    usage = proxy.Usage(3, 2, 0.25)
+    for status in (200, 429, 499, 504, 418):
+        metrics.begin()
+        metrics.end(outcome(odd, status, ttft=0.02, usage=usage, model=odd))
+    metrics.memory_answered(failed=True)
+    families = {family.name: family for family in text_string_to_metric_families(metrics.prometheus())}
+    assert {name.removesuffix("_total") for name in metrics.snapshot()} <= {
+        name.removeprefix("memory_proxy_") for name in families
+    }
+    assert all(
+        name.startswith(("memory_proxy_", "process_")) and family.documentation for name, family in families.items()
+    )
+    samples = [sample for family in families.values() for sample in family.samples]
+    values = {
+        (sample.name.removeprefix("memory_proxy_"), *sorted(sample.labels.items())): sample.value for sample in samples
+    }
+    client = (("model", odd), ("user_id", odd))
+    assert values[("tokens_total", ("backend", "sdk"), ("direction", "in"), *client)] == 15
+    assert values[("cost_usd_total", ("backend", "sdk"), *client)] == 1.25
+    assert values["request_duration_seconds_bucket", ("le", "0.25")] == 0
+    assert values["request_duration_seconds_bucket", ("le", "+Inf")] == values["request_duration_seconds_count",] == 5
+    assert values["recent_duration_seconds", ("percentile", "p95")] == 0.3
+    assert [values["errors_total", ("kind", kind)] for kind in ("rate_limit", "client_gone", "timeout")] == [1, 1, 1]
+    assert values["memory_degraded",] == values["memory_errors_total",] == 1
+    assert values["process_resident_memory_bytes",] > 10_000_000 and values["process_open_fds",] > 2
+
+
+def test_percentiles_are_of_the_nearest_rank() -> None:
+    ordered = [float(number) for number in range(1, 201)]
+    assert [proxy.percentile(ordered, p) for p in (50, 95, 99, 100)] == [100.0, 190.0, 198.0, 200.0]
+    assert proxy.percentile([7.0], 50) == 7.0 and proxy.percentile([], 50) is None
+
+
+def test_a_log_file_has_json_lines_without_secrets_and_is_rotated(tmp_path: Path) -> None:
+    path = tmp_path / "proxy.log"
+    log = proxy.Log(io.StringIO(), as_json=False, redact=proxy.Redactor(["hunter22"]), file=str(path))
+    for _ in range(13):
+        log.event("INFO", "test", "big", message="x" * 1_000_000, key="hunter22", absent=None)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["proxy.log", "proxy.log.1"]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(lines) == 13 and {line["key"] for line in lines} == {"[redacted]"}
+    with pytest.raises(proxy.StartError, match="--log-file"):
+        proxy.Log(sys.stderr, as_json=False, redact=proxy.Redactor(), file=str(tmp_path / "none" / "x"))
 
 
 # ── wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1033,11 +1096,13 @@ def test_closing_a_call_cancels_it_and_waits_for_its_end(bridge: proxy.Bridge) -
 
 # ── session and sdk backend ──────────────────────────────────────────────────────────────────────────────────────
 
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 DIALECTS = [(CHAT, "gpt"), (CHAT, "claude"), (MESSAGES, "claude"), (MESSAGES, "gpt")]
 
 
 def body_for(path: str, name: str, **more: Any) -> dict[str, Any]:
+    if path == RESPONSES:
+        return {"model": name, "input": "hello", **more}
     return {**(messages_body(name) if path.endswith("messages") else chat_body(name)), **more}
 
 
@@ -1868,6 +1933,77 @@ def self_signed(folder: Path) -> str:
     return str(path)
 
 
+def log_line(running: Proxy, request_id: str) -> dict[str, Any]:
+    """The log line of one request, once it is there."""
+    found: list[dict[str, Any]] = []
+    mark = f'"request_id": "{request_id}"'
+    wait_until(lambda: found.extend(json.loads(line) for line in running.lines if mark in line) or found)
+    return found[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "name"), [(CHAT, "gpt"), (CHAT, "claude"), (MESSAGES, "claude"), (MESSAGES, "gpt"), (RESPONSES, "gpt")]
+)
+def test_the_log_says_what_a_request_took(sdk: Proxy, provider: Provider, path: str, name: str, stream: bool) -> None:
+    response = sdk.post(path, body_for(path, name, stream=stream))
+    said = log_line(sdk, response.headers["x-request-id"])
+    assert said["event"] == "answered" and (said["model"], said["backend"], said["status"]) == (name, "sdk", 200)
+    assert (said["tokens"], said["input_tokens"], said["output_tokens"]) == (5, 3, 2)
+    assert 0 < said["ttft_ms"] <= said["duration_ms"] and 0 < said["cost_usd"] < 0.001
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", said["timestamp"])
+    assert (said["level"], said["component"], said["user_id"]) == ("INFO", "request", "default-dev")
+
+
+@pytest.mark.parametrize("name", ["gpt", "claude"])
+def test_usage_is_shown_to_those_who_ask_for_it(sdk: Proxy, provider: Provider, name: str) -> None:
+    quiet = [json.loads(data) for _, data in events_of(sdk.chat(name, stream=True))[:-1]]
+    assert not any(part.get("usage") for part in quiet) and all(part["choices"] for part in quiet)
+    if name == "gpt":
+        assert provider.last.body["stream_options"] == {"include_usage": True}
+    asked = sdk.chat(name, stream=True, stream_options={"include_usage": True})
+    parts = [json.loads(data) for _, data in events_of(asked)[:-1]]
+    assert parts[-1]["usage"]["total_tokens"] == 5
+    assert [part["choices"] for part in quiet] == [part["choices"] for part in parts if part["choices"]][: len(quiet)]
+
+
+def test_an_error_in_mid_stream_is_logged_and_counted_as_one(sdk: Proxy, provider: Provider) -> None:
+    provider.script = lambda _got: Reply(parts=openai_stream(["a", "b"])[:2], headers=SSE, cut=True)
+    response = sdk.chat(stream=True)
+    assert response.status_code == 200 and log_line(sdk, response.headers["x-request-id"])["status"] >= 500
+
+
+def test_the_memory_services_failure_is_seen(sdk: Proxy, forward: Proxy, provider: Provider) -> None:
+    ways = ((sdk, "x-supermemory-error"), (forward, "llm_provider-x-supermemory-error"))
+    for running, name in ways:
+        provider.script = lambda got, name=name: Reply(usual_answer(got).body, headers={name: "quota exceeded"})
+        response = running.chat()
+        assert log_line(running, response.headers["x-request-id"])["memory_error"] == "quota exceeded"
+        health = running.client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (200, "degraded")
+        assert health.json()["checks"]["memory_service"]["status"] == "degraded"
+        working = {name.replace("error", "chunks-retrieved"): "2"}
+        provider.script = lambda got, working=working: Reply(usual_answer(got).body, headers=working)
+        running.chat()
+        assert running.client.get("/health").json()["status"] == "healthy"
+
+
+def test_a_request_is_one_readable_line_on_a_terminal(shared_provider: Provider, provider: Provider) -> None:
+    master, terminal = os.openpty()
+    running = Proxy(config_for(shared_provider), "--mode", "sdk", terminal=terminal)
+    running.chat(headers={"x-request-id": "r-1", "user-agent": "claude-cli/2"})
+    running.chat("no\u001b[31m\u009bsuch", headers={"x-request-id": "r-2"})
+    running.stop()
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while piece := os.read(master, 65536):
+            shown += piece
+    lines = [line for line in shown.decode().splitlines() if "id=r-" in line]
+    pattern = r"\d\d:\d\d:\d\d info     claude-code  gpt  sdk  200  3\+2 tokens  \d+\.\d\d s  id=r-1"
+    assert re.fullmatch(pattern, lines[0]) and "no?[31m?such  sdk  4" in lines[1]
+
+
 # ── binary backend ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -2363,14 +2499,14 @@ def test_the_own_endpoints_answer(sdk: Proxy, forward: Proxy) -> None:
         info = running.client.get("/memory-routing/info", headers={"x-memory-user-id": "me"}).json()
         assert info == {"user_id": "me", "matched_pattern": None, "custom_header_present": True, "is_default": False}
         assert running.client.get("/memory-routing/info").json()["is_default"]
-        assert running.client.get("/memory-routing/stats").json()["requests"] is not None
-        assert "memory_proxy_in_flight 1" in running.client.get("/metrics").text
+        assert running.client.get("/memory-routing/stats").json()["requests_total"] is not None
+        assert "memory_proxy_requests_in_flight 1" in running.client.get("/metrics").text
 
 
 @pytest.mark.parametrize("mode", ["sdk", "forward"])
 def test_a_stream_is_in_flight_until_it_ends(request: pytest.FixtureRequest, provider: Provider, mode: str) -> None:
     running: Proxy = request.getfixturevalue(mode)
-    in_flight = lambda: running.client.get("/memory-routing/stats").json()["in_flight"]  # noqa: E731
+    in_flight = lambda: running.client.get("/memory-routing/stats").json()["requests_in_flight"]  # noqa: E731
     provider.script = lambda got: Reply(parts=openai_stream(list("abcdef")), headers=SSE, pause=0.2)
     body = {**chat_body(), "stream": True}
     for leave, status in ((False, 200), (True, 499)):
