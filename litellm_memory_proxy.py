@@ -39,8 +39,9 @@ In binary mode the handler thread does the forwarding itself. One more thread wa
 
 The rooms, bottom up; each uses only those above it in this list:
 
-    constants · errors · configuration · memory routing · logs and metrics · wire · asyncio bridge · session ·
-    sdk backend · binary backend · application · HTTP front · command line
+    constants · errors · configuration · memory routing · logs and metrics · circuit breaker · wire ·
+    asyncio bridge · session · sdk backend · binary backend · failover · application · HTTP front ·
+    program · command line
 
 POSIX only (Linux, macOS, WSL). Meant for loopback and small trusted networks: it is no edge server.
 """
@@ -49,6 +50,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import enum
+import fcntl
 import fnmatch
 import hmac
 import http.client
@@ -60,6 +63,7 @@ import os
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -74,8 +78,9 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from http import HTTPStatus
 from importlib import import_module
 from importlib.util import find_spec
@@ -129,6 +134,11 @@ STALE_SECONDS = 0.5  # a pooled connection that closes this soon after a request
 
 POOL_IDLE_SECONDS = 4.0  # uvicorn, under LiteLLM's server, closes idle connections after 5 s
 POOL_SIZE = 256  # idle connections kept to the LiteLLM server
+
+FAILURE_THRESHOLD = 5  # failures of the SDK's side in a row that open the circuit breaker
+RESET_SECONDS = 30.0  # before an open circuit breaker lets one request try again
+WATCH_SECONDS = 0.5  # between two looks at the files under --watch, and at a switch that is under way
+PROBE_SECONDS = 1.0  # between two looks at a LiteLLM server that could not be reached
 
 CHILD_READY_SECONDS = 180.0  # LiteLLM's server takes 8 to 30 s; a cold laptop disk several times that
 CHILD_STOP_SECONDS = 10.0  # between SIGTERM and SIGKILL
@@ -215,6 +225,10 @@ CONNECTION_STATUS = {
 }
 
 
+# Whose doing an error is. UNSURE: nothing was sent yet; had another backend an answer, it was this one's.
+CLIENT, PROVIDER, BACKEND, UNSURE = "client", "provider", "backend", "unsure"
+
+
 class ProxyError(Exception):
     """An answer other than success, for the client.
 
@@ -225,6 +239,7 @@ class ProxyError(Exception):
         kind: the error type of the dialect, where the provider named one; else it follows from the status.
         param: the field of the request that is at fault (OpenAI dialect).
         code: a machine-readable reason (OpenAI dialect).
+        blame: ``CLIENT``, ``PROVIDER``, ``BACKEND`` or ``UNSURE``; of the last two, another backend may do better.
     """
 
     def __init__(
@@ -236,10 +251,11 @@ class ProxyError(Exception):
         kind: str | None = None,
         param: str | None = None,
         code: str | None = None,
+        blame: str = CLIENT,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.headers = status, message, list(headers)
-        self.kind, self.param, self.code = kind, param, code
+        self.kind, self.param, self.code, self.blame = kind, param, code, blame
 
     def redact(self, redact: Callable[[str], str]) -> ProxyError:
         """Take the secrets out of everything that the client will see; returns itself."""
@@ -330,6 +346,13 @@ SETTINGS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
     "general_settings.master_key": (str, bool, "a string"),
     "general_settings.experimental": (dict, lambda _: True, "a mapping"),
     "general_settings.experimental.use_sdk_proxy": (bool, lambda _: True, "true or false"),
+    "general_settings.experimental.circuit_breaker": (dict, lambda _: True, "a mapping"),
+    "general_settings.experimental.circuit_breaker.failure_threshold": (int, lambda n: n > 0, "a whole number from 1"),
+    "general_settings.experimental.circuit_breaker.reset_seconds": (
+        (int, float),
+        lambda n: 0 < n < 1e9,
+        "a number of seconds",
+    ),
     "general_settings.experimental.sdk_proxy_port": (int, lambda n: 0 <= n < 65536, "a port"),
     "general_settings.experimental.binary_proxy_port": (int, lambda n: 0 <= n < 65536, "a port"),
 }
@@ -365,12 +388,13 @@ class ConfigError(StartError):
 
 @dataclass(frozen=True)
 class HeaderPattern:
-    """A request header whose value, where the pattern is found in it, names the memory."""
+    """A request header whose value, where the pattern is found in it, names the memory, and the mode if it has one."""
 
     header: str
     pattern: str
     user_id: str
     regex: re.Pattern[str]
+    mode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -389,7 +413,8 @@ class Config:
 
     ``document`` is LiteLLM's part, ready for its Router; models whose keys are missing are not in its ``model_list``
     but in ``missing_keys``: model name → the variables to set, in words. ``secrets`` are the values that no log or
-    error may show.
+    error may show. ``environment`` is the process's with what ``.env`` and ``environment_variables`` add;
+    ``server_part`` is a text of all that LiteLLM's server reads, to tell whether it has changed.
     """
 
     path: str
@@ -398,6 +423,8 @@ class Config:
     missing_keys: Mapping[str, str]
     mappings: Mappings
     secrets: frozenset[str]
+    environment: Mapping[str, str]
+    server_part: str
     warnings: tuple[Problem, ...] = ()
 
     def section(self, name: str) -> dict[str, Any]:
@@ -407,7 +434,7 @@ class Config:
     @property
     def master_key(self) -> str | None:
         """The key that clients must show, or None; LiteLLM's server reads the same two places."""
-        key = self.section("general_settings").get("master_key") or os.environ.get("LITELLM_MASTER_KEY")
+        key = self.section("general_settings").get("master_key") or self.environment.get("LITELLM_MASTER_KEY")
         return str(key) if key else None
 
     @property
@@ -416,32 +443,41 @@ class Config:
         return self.section("general_settings").get("experimental") or {}
 
     @property
+    def breaker(self) -> tuple[int, float]:
+        """How many failures in a row open the circuit breaker, and how many seconds it then waits."""
+        given = self.experimental.get("circuit_breaker") or {}
+        return given.get("failure_threshold", FAILURE_THRESHOLD), given.get("reset_seconds", RESET_SECONDS)
+
+    @property
     def request_seconds(self) -> float:
         """How long a model may take to answer, or to send its next byte."""
         configured = self.section("litellm_settings").get("request_timeout")
         return float(configured or self.section("router_settings").get("timeout") or REQUEST_SECONDS)
 
 
-def load_config(path: str) -> Config:
-    """Read, resolve and validate a config file.
+def load_config(path: str, environment: Mapping[str, str] | None = None) -> Config:
+    """Read, resolve and validate a config file; nothing outside the result changes.
+
+    Args:
+        environment: in which ``os.environ/NAME`` is looked up; None: the process's own.
 
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or has problems that are no mere warnings.
     """
     try:
-        return parse_config(path)
+        return parse_config(path, os.environ if environment is None else environment)
     except RecursionError:
         raise ConfigError(path, [Problem("YAML", "an alias or an include refers to itself")]) from None
 
 
-def parse_config(path: str) -> Config:
+def parse_config(path: str, given: Mapping[str, str]) -> Config:
     """`load_config`, but for documents without an end."""
-    load_dotenv()
     document = read_yaml(path)
     problems: list[Problem] = []
-    set_environment(document.get("environment_variables"), problems)
+    environment = {**dotenv_values(), **given}
+    environment.update(environment_variables(document.get("environment_variables"), environment, problems))
     missing: list[tuple[str, str]] = []
-    resolved = resolve(document, "", missing)
+    resolved = resolve(document, "", environment, missing)
     models, missing_keys = check_models(resolved, missing, problems)
     mappings = check_mappings(resolved.get("user_id_mappings"), problems)
     check_sections(resolved, problems)
@@ -455,6 +491,7 @@ def parse_config(path: str) -> Config:
     if fatal:
         raise ConfigError(path, fatal)
     names = tuple(dict.fromkeys(str(model["model_name"]) for model in resolved["model_list"]))
+    server_part = what_the_server_reads(resolved, environment)
     resolved["model_list"] = models
     return Config(
         path=path,
@@ -463,31 +500,48 @@ def parse_config(path: str) -> Config:
         missing_keys=missing_keys,
         mappings=mappings,
         secrets=frozenset(secrets_in(resolved)),
+        environment=environment,
+        server_part=server_part,
         warnings=tuple(problem for problem in problems if problem.warning),
     )
 
 
-def set_environment(section: Any, problems: list[Problem]) -> None:
-    """Put ``environment_variables`` into the environment, as LiteLLM's server does."""
-    if not isinstance(section, dict):
-        return  # `check_sections` says so
-    for name, value in section.items():
-        found = resolve(value, "environment_variables", [])
-        if found is None:
-            continue
-        try:
-            os.environ[str(name)] = str(found)
-        except ValueError as error:
-            problems.append(Problem(f"environment_variables.{name}", str(error)))
+def environment_variables(section: Any, environment: Mapping[str, str], problems: list[Problem]) -> dict[str, str]:
+    """``environment_variables``, which win over the environment, as in LiteLLM's server."""
+    found: dict[str, str] = {}
+    for name, value in section.items() if isinstance(section, dict) else ():  # `check_sections` says what is wrong
+        resolved = resolve(value, "environment_variables", environment, [])
+        if "\0" in f"{name}{resolved}" or "=" in str(name) or not name:
+            problems.append(Problem(f"environment_variables.{name}", "cannot be set in an environment"))
+        elif resolved is not None:
+            found[str(name)] = str(resolved)
+    return found
 
 
-def load_dotenv() -> None:
-    """Read ``.env`` as LiteLLM does, before the config is resolved; python-dotenv comes with LiteLLM."""
+def dotenv_values() -> dict[str, str]:
+    """What ``.env`` says, found as LiteLLM finds it; python-dotenv comes with LiteLLM."""
     try:
         import dotenv
     except ImportError:
-        return
-    dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
+        return {}
+    values = dotenv.dotenv_values(dotenv.find_dotenv(usecwd=True))
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def what_the_server_reads(document: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+    """All of a config that LiteLLM's server reads: without our own sections."""
+    kept = {key: value for key, value in document.items() if key != "user_id_mappings"}
+    general = kept.get("general_settings")
+    if isinstance(general, dict):
+        kept["general_settings"] = {key: value for key, value in general.items() if key != "experimental"}
+    return json.dumps([kept, dict(environment)], default=str)
+
+
+def apply_environment(new: Config, old: Config | None = None) -> None:
+    """Make the process's environment the config's: LiteLLM looks there for keys that the config does not name."""
+    for name in (old.environment.keys() if old else set()) - new.environment.keys():
+        os.environ.pop(name, None)
+    os.environ.update(new.environment)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -511,21 +565,30 @@ def read_yaml(path: str) -> dict[str, Any]:
     return document
 
 
-def resolve(value: Any, where: str, missing: list[tuple[str, str]]) -> Any:
+def included_files(path: str) -> list[str]:
+    """The files that a config includes, directly; [] where it cannot be read."""
+    try:
+        included = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("include")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return []
+    return [str(Path(path).parent / str(name)) for name in included] if isinstance(included, list) else []
+
+
+def resolve(value: Any, where: str, environment: Mapping[str, str], missing: list[tuple[str, str]]) -> Any:
     """A copy of the value with every ``os.environ/NAME`` replaced, at any depth.
 
     Names that are not set become None and are added to ``missing`` as (key path, NAME).
     """
     if isinstance(value, dict):
-        return {key: resolve(item, f"{where}.{key}".lstrip("."), missing) for key, item in value.items()}
+        return {key: resolve(item, f"{where}.{key}".lstrip("."), environment, missing) for key, item in value.items()}
     if isinstance(value, list):
-        return [resolve(item, f"{where}[{index}]", missing) for index, item in enumerate(value)]
+        return [resolve(item, f"{where}[{index}]", environment, missing) for index, item in enumerate(value)]
     if isinstance(value, str) and value.startswith("os.environ/"):
         name = value.removeprefix("os.environ/")
-        if not os.environ.get(name):
+        if not environment.get(name):
             missing.append((where, name))
             return None
-        return os.environ[name]
+        return environment[name]
     return value
 
 
@@ -606,7 +669,9 @@ def check_pattern(entry: Any, where: str, problems: list[Problem]) -> HeaderPatt
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in PATTERN_KEYS):
         problems.append(Problem(where, "needs header, pattern and user_id, each a non-empty string"))
         return None
-    problems.extend(unknown_keys(entry, PATTERN_KEYS, where))
+    problems.extend(unknown_keys(entry, (*PATTERN_KEYS, "mode"), where))
+    if entry.get("mode") not in (None, "sdk", "binary"):
+        problems.append(Problem(f"{where}.mode", f"must be sdk or binary, not {entry['mode']!r}"))
     try:
         regex = re.compile(entry["pattern"], re.IGNORECASE)
     except (re.error, RecursionError, OverflowError) as error:
@@ -621,7 +686,7 @@ def check_pattern(entry: Any, where: str, problems: list[Problem]) -> HeaderPatt
         problems.append(Problem(f"{where}.user_id", f"must be a memory id ({MEMORY_ID.pattern}): {entry['user_id']!r}"))
     if not FIELD_NAME.fullmatch(entry["header"]):
         problems.append(Problem(f"{where}.header", f"must be a header name: {entry['header']!r}"))
-    return HeaderPattern(entry["header"].lower(), entry["pattern"], entry["user_id"], regex)
+    return HeaderPattern(entry["header"].lower(), entry["pattern"], entry["user_id"], regex, entry.get("mode"))
 
 
 def unknown_keys(section: Mapping[str, Any], known: Sequence[str], where: str) -> list[Problem]:
@@ -1102,6 +1167,117 @@ def process_figures() -> dict[str, float]:
     return figures
 
 
+def where_raised(error: BaseException) -> str:
+    """File and line of an exception, innermost last: a traceback that fits a log line."""
+    frames = []
+    trace = error.__traceback__
+    while trace:
+        frames.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " > ".join(frames)
+
+
+def defect(error: Exception, request_id: str, log: Log) -> ProxyError:
+    """An exception that should not have been: the log gets what we need to mend it, the client a clean answer."""
+    log.event("ERROR", "application", "defect", request_id=request_id, error=repr(error), where=where_raised(error))
+    return ProxyError(500, "the proxy failed on this request; its log says how", blame=BACKEND)
+
+
+# ── circuit breaker ──────────────────────────────────────────────────────────────────────────────────────────────
+# Whether a backend that has failed is worth another try. States and events as a table, the clock handed in; it knows
+# neither HTTP nor what it guards.
+
+
+class State(enum.IntEnum):
+    """Of a circuit breaker; the numbers are those of the metrics."""
+
+    CLOSED = 0  # every request tries
+    HALF_OPEN = 1  # one request tries
+    OPEN = 2  # none does
+
+
+class Event(enum.Enum):
+    """What moves a circuit breaker."""
+
+    WORKED = "a try has worked"
+    FAILED = "too many tries in a row have failed"
+    WAITED = "the time to wait is over"
+
+
+TRANSITIONS = {
+    (State.CLOSED, Event.FAILED): State.OPEN,
+    (State.OPEN, Event.WAITED): State.HALF_OPEN,
+    (State.HALF_OPEN, Event.WORKED): State.CLOSED,
+    (State.HALF_OPEN, Event.FAILED): State.OPEN,
+}
+
+
+class CircuitBreaker:
+    """Counts failures in a row, and lets nobody try for a while once there are too many. Thread-safe.
+
+    Args:
+        on_change: called with the old and the new state, outside the lock.
+        clock: seconds, of any epoch.
+    """
+
+    def __init__(
+        self, on_change: Callable[[State, State], None] = lambda *_: None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._on_change, self._clock, self._lock = on_change, clock, threading.Lock()
+        self._threshold, self._reset_seconds = FAILURE_THRESHOLD, RESET_SECONDS
+        self.state = State.CLOSED
+        self.failures = self.trips = 0
+        self._epoch = 0  # grows with each change: what was begun in an earlier state counts no more
+        self._opened = 0.0
+        self._probing = False
+
+    def configure(self, threshold: int, reset_seconds: float) -> None:
+        """Set how many failures in a row open it, and how long it then waits before a try."""
+        self._threshold, self._reset_seconds = threshold, reset_seconds
+
+    def ticket(self) -> int | None:
+        """For one try, to be given back with `report`; None where there is to be none."""
+        changed = None
+        with self._lock:
+            if self.state is State.OPEN and self._clock() - self._opened >= self._reset_seconds:
+                changed = self._move(Event.WAITED)
+            granted = self.state is State.CLOSED or (self.state is State.HALF_OPEN and not self._probing)
+            self._probing |= granted and self.state is State.HALF_OPEN
+            ticket = self._epoch if granted else None
+        self._tell(changed)
+        return ticket
+
+    def report(self, ticket: int | None, worked: bool | None) -> None:
+        """A try has ended: it worked, it failed, or (None) it has shown neither."""
+        changed = None
+        with self._lock:
+            if ticket != self._epoch:
+                return
+            self._probing = False
+            if worked is None:
+                return
+            self.failures = 0 if worked else self.failures + 1
+            if worked:
+                changed = self._move(Event.WORKED)
+            elif self.state is State.HALF_OPEN or self.failures >= self._threshold:
+                changed = self._move(Event.FAILED)
+        self._tell(changed)
+
+    def _move(self, event: Event) -> tuple[State, State] | None:
+        old, new = self.state, TRANSITIONS.get((self.state, event), self.state)
+        if new is old:
+            return None
+        self.state, self._epoch, self._probing = new, self._epoch + 1, False
+        if new is State.OPEN:
+            self._opened = self._clock()
+            self.trips += old is State.CLOSED
+        return old, new
+
+    def _tell(self, changed: tuple[State, State] | None) -> None:
+        if changed:
+            self._on_change(*changed)
+
+
 # ── wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # HTTP/1.1 as bytes: requests, answers, header fields, message framing (RFC 9110, RFC 9112), server-sent events.
 # Both sides use it, the front towards the client and the binary backend towards LiteLLM's server. What a lenient
@@ -1225,6 +1401,7 @@ class Response:
             either side has closed.
         bodiless: it has no body by its nature (HEAD, 204, 304), and its fields say all about its length.
         tally: what becomes known of it on the way.
+        backend: the name of the one that answered, where it is not the one that was asked.
     """
 
     status: int
@@ -1235,6 +1412,12 @@ class Response:
     tunnel: Callable[[socket.socket, bytes], None] | None = None
     bodiless: bool = False
     tally: Tally = field(default_factory=Tally)
+    backend: str | None = None
+
+    def discard(self) -> None:
+        """Let go of an answer that nobody is to get."""
+        if not isinstance(self.body, bytes):
+            self.body.close()  # type: ignore[attr-defined]
 
 
 JSON_CONTENT = ("Content-Type", "application/json")
@@ -2011,6 +2194,7 @@ LITELLM_INTERNALS = (
     ("litellm.llms.custom_httpx.async_client_cleanup", "close_litellm_async_clients", "closing connections at exit"),
     ("litellm.types.utils", "all_litellm_params", "telling LiteLLM's parameters from the model API's"),
     ("litellm", "Router.get_valid_args", "router_settings"),
+    ("litellm", "Router.discard", "reading the config again"),
 )
 
 # What LiteLLM's SDK imports without declaring it (BerriAI/litellm#18193, #32993): without them /v1/messages, tool calls
@@ -2116,7 +2300,7 @@ async def message_frames(stream: Any, _model: str, tally: Tally) -> AsyncIterato
             raise event_error(said)
         ended = ended or b"event: message_stop" in good
     if not ended:
-        raise ProxyError(502, "the provider's stream ended early")
+        raise ProxyError(502, "the provider's stream ended early", blame=BACKEND)
 
 
 def count_usage(events: bytes, tally: Tally) -> None:
@@ -2137,7 +2321,9 @@ def event_error(event: bytes) -> ProxyError:
     said = provider_error(event.partition(b"data:")[2].partition(b"\n")[0])
     kind = str(said.get("type") or "api_error")
     status = next((status for status, name in ANTHROPIC_TYPES.items() if name == kind), 500)
-    return ProxyError(status, plain_text(str(said.get("message") or "the provider's stream failed")), kind=kind)
+    return ProxyError(
+        status, plain_text(str(said.get("message") or "the provider's stream failed")), kind=kind, blame=PROVIDER
+    )
 
 
 async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -2162,28 +2348,27 @@ ENDPOINTS: Mapping[str, Endpoint] = {
 MODELS_PATH = "/models"
 
 
-class SdkBackend:
-    """Serves the model API with LiteLLM's SDK, in this process."""
+class SdkRuntime:
+    """LiteLLM in this process, for as long as the program runs: the module, its loop, its session, its settings."""
 
-    name = "sdk"
+    def __init__(self, log: Log, session: Session) -> None:
+        self.log, self.session = log, session
+        self.litellm = import_litellm(log)
+        self.bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
+        self._defaults: dict[str, Any] = {}  # of LiteLLM's settings that a config has changed
+        session.install(http_transports())
+        self.bridge.start()
 
-    def __init__(self, config: Config, log: Log, session: Session) -> None:
-        self._config, self._log, self.session = config, log, session
-        self._bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
-        self._litellm = import_litellm(log)
-        self._own_params = frozenset(self._litellm.types.utils.all_litellm_params) | FORBIDDEN_PARAMS
-        self.session.install(http_transports())
-        self._bridge.start()
-        apply_litellm_settings(self._litellm, config, log)
-        self.missing_keys = {**config.missing_keys, **self._keys_from_environment()}
-        sections = (config.section("router_settings"), config.section("litellm_settings"))
-        self._has_fallbacks = any(
-            str(name).endswith("fallbacks") and value for s in sections for name, value in s.items()
-        )
-        self._router = self._bridge.run(self._build_router())
-        self._bridge.run(self._prove_cookies())
+    def apply_settings(self, config: Config) -> None:
+        """``litellm_settings`` as LiteLLM's server applies them, in place of those of the config before."""
+        for name, value in self._defaults.items():
+            setattr(self.litellm, name, value)
+        for name, value in litellm_attributes(self.litellm, config, self.log).items():
+            current = getattr(self.litellm, name, None)
+            self._defaults.setdefault(name, list(current) if isinstance(current, list) else current)
+            setattr(self.litellm, name, value)
 
-    async def _prove_cookies(self) -> None:
+    async def prove_cookies(self) -> None:
         """Call a host on loopback that demands its cookie, over each HTTP stack of LiteLLM's.
 
         LiteLLM changes such internals often: better to hear it at the start than to wonder at 503s later. A stack
@@ -2193,7 +2378,7 @@ class SdkBackend:
 
         with cookie_gate() as (url, seen):
             calls = [
-                self._litellm.acompletion(
+                self.litellm.acompletion(
                     model=model,
                     messages=[{"role": "user", "content": "hello"}],
                     api_key="none",
@@ -2212,7 +2397,43 @@ class SdkBackend:
             self.session.fault = (
                 f"LiteLLM {version} loses cookies on its way to {', '.join(lost)}: hosts that demand one will refuse"
             )
-            self._log.event("CRITICAL", "session", "cookies_lost", message=self.session.fault)
+            self.log.event("CRITICAL", "session", "cookies_lost", message=self.session.fault)
+
+    def close(self) -> None:
+        """Close LiteLLM's connections and the loop."""
+        from litellm.llms.custom_httpx.async_client_cleanup import close_litellm_async_clients
+
+        self.bridge.run(close_litellm_async_clients())  # type: ignore[no-untyped-call]
+        self.bridge.run(self.session.aclose())
+        self.bridge.stop()
+
+
+class SdkBackend:
+    """Serves the model API of one config with LiteLLM's SDK, in this process.
+
+    Raises:
+        StartError: LiteLLM refuses the config.
+    """
+
+    name = "sdk"
+
+    def __init__(self, config: Config, runtime: SdkRuntime) -> None:
+        self._config, self._runtime, self._log = config, runtime, runtime.log
+        self._litellm, self._bridge, self.session = runtime.litellm, runtime.bridge, runtime.session
+        self._own_params = frozenset(self._litellm.types.utils.all_litellm_params) | FORBIDDEN_PARAMS
+        sections = (config.section("router_settings"), config.section("litellm_settings"))
+        self._has_fallbacks = any(
+            str(name).endswith("fallbacks") and value for s in sections for name, value in s.items()
+        )
+        try:
+            runtime.apply_settings(config)
+            self.missing_keys = {**config.missing_keys, **self._keys_from_environment()}
+            self._router = self._bridge.run(self._build_router())
+        except StartError:
+            raise
+        except Exception as error:  # LiteLLM checks its sections with whatever exception comes to hand
+            said = plain_message(error).split("\n")[0]
+            raise StartError(f"{config.path}: LiteLLM refuses this config: {type(error).__name__}: {said}") from None
 
     async def _build_router(self) -> Any:
         """LiteLLM's Router, made on the loop that will use it, from the config as LiteLLM's server makes it."""
@@ -2271,6 +2492,11 @@ class SdkBackend:
                 served.add(entry["model_name"])
         return {name: keys for name, keys in lacking.items() if name not in served}
 
+    @staticmethod
+    def calls_a_model(request: Request) -> bool:
+        """Whether the request leads to a provider, and so shows whether LiteLLM works."""
+        return api_path(request) in ENDPOINTS
+
     def answer(self, request: Request, route: Route) -> Response:
         """Serve one request of the model API.
 
@@ -2278,7 +2504,7 @@ class SdkBackend:
             ProxyError: whatever the client is to be told.
             ClientGone: it left; the call upstream has been cancelled.
         """
-        path = request.path.removeprefix("/v1").rstrip("/")
+        path = api_path(request)
         if path == MODELS_PATH or path.startswith(f"{MODELS_PATH}/"):
             require_method(request, "GET", "HEAD")
             return self._models(unquote(path.removeprefix(MODELS_PATH).lstrip("/")))
@@ -2387,7 +2613,7 @@ class SdkBackend:
             self._check_keys(model)
             result = await getattr(self._router, endpoint.function)(**params, headers=headers)
             if result is None:
-                raise ProxyError(502, f"LiteLLM gave no answer for {model}")
+                raise ProxyError(502, f"LiteLLM gave no answer for {model}", blame=BACKEND)
             refuse_page(exchange)
             tally.price = lambda usage: self._price(model, result, usage)
             if params.get("stream") is not True:
@@ -2444,11 +2670,12 @@ class SdkBackend:
             message = (
                 f"the host in front of the model refused us (Cloudflare challenge): {exchange.host} answered {answered}"
             )
-            return ProxyError(answered, message, headers=provider_headers(exchange))
+            return ProxyError(answered, message, headers=provider_headers(exchange), blame=PROVIDER)
         broken = None if answered else connection_status(exchange.fault or error)
         if broken:
             what = "did not answer in time" if broken == 504 else "could not be reached, or broke off"
-            return ProxyError(broken, f"the provider {exchange.host or 'of ' + model} {what}: {plain_message(error)}")
+            message = f"the provider {exchange.host or 'of ' + model} {what}: {plain_message(error)}"
+            return ProxyError(broken, message, blame=BACKEND)
         if status is None or (not exchange.sent and status >= 500):
             return self._unexpected(error, exchange, model)
         headers = provider_headers(exchange)
@@ -2458,14 +2685,16 @@ class SdkBackend:
         text = said.get("message") or provider_page(exchange) or plain_message(error)
         fields = {name: said[name] for name in ("param", "code") if isinstance(said.get(name), str)}
         kind = said.get("type") if isinstance(said.get("type"), str) else None
-        return ProxyError(status, text, headers=headers, kind=kind, **fields)
+        blame = PROVIDER if answered else CLIENT if status < 500 else BACKEND
+        return ProxyError(status, text, headers=headers, kind=kind, blame=blame, **fields)
 
     def _unexpected(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """An exception that no provider caused: LiteLLM could not translate the request, or has a defect."""
         self._log.event("ERROR", "sdk", "unexpected", error=type(error).__name__, message=plain_message(error))
         if exchange.sent:
-            return ProxyError(500, f"LiteLLM failed on the answer of {model}: {plain_message(error)}")
-        return ProxyError(400, f"LiteLLM cannot translate this request for {model}: {plain_message(error)}")
+            return ProxyError(500, f"LiteLLM failed on the answer of {model}: {plain_message(error)}", blame=BACKEND)
+        said = f"LiteLLM cannot translate this request for {model}: {plain_message(error)}"
+        return ProxyError(400, said, blame=UNSURE)
 
     def _missing_keys_of(self, model: str) -> str:
         """The variables that a model lacks, in words."""
@@ -2508,12 +2737,8 @@ class SdkBackend:
         return {"cookies": {(): self.session.cookie_count}}
 
     def close(self) -> None:
-        """Close LiteLLM's connections and the loop."""
-        from litellm.llms.custom_httpx.async_client_cleanup import close_litellm_async_clients
-
-        self._bridge.run(close_litellm_async_clients())  # type: ignore[no-untyped-call]
-        self._bridge.run(self.session.aclose())
-        self._bridge.stop()
+        """Take the Router out of LiteLLM's lists; calls that it is at work on end as they began."""
+        self._router.discard()
 
 
 CALL_BODY: Iterator[bytes] = iter(())  # stands, in a head from the loop, for "the rest of the channel"
@@ -2589,21 +2814,23 @@ def http_transports() -> list[type]:
 SERVER_SETTINGS = ("guardrails", "custom_provider_map", "post_call_rules")  # code that LiteLLM's server loads
 
 
-def apply_litellm_settings(litellm: Any, config: Config, log: Log) -> None:
-    """``litellm_settings`` as LiteLLM's server applies them: each is an attribute of the module."""
+def litellm_attributes(litellm: Any, config: Config, log: Log) -> dict[str, Any]:
+    """``litellm_settings`` as LiteLLM's server understands them: each is an attribute of the module."""
     settings = config.section("litellm_settings")
+    found: dict[str, Any] = {}
     for key, value in settings.items():
         if key == "cache":
-            litellm.cache = litellm.Cache(**settings.get("cache_params") or {}) if value else None
+            found["cache"] = litellm.Cache(**settings.get("cache_params") or {}) if value else None
         elif key in SERVER_SETTINGS or (key.endswith(("callback", "callbacks")) and "." in str(value)):
             log.event("WARNING", "config", "litellm_settings", message=f"{key} works in binary mode only")
         elif key != "cache_params":
-            setattr(litellm, str(key), [value] if key.endswith("callbacks") and isinstance(value, str) else value)
+            found[str(key)] = [value] if key.endswith("callbacks") and isinstance(value, str) else value
     if "request_timeout" in settings:
-        litellm.request_timeout_explicitly_set = True
+        found["request_timeout_explicitly_set"] = True
     credentials = config.document.get("credential_list")
     if credentials:
-        litellm.credential_list = [litellm.types.utils.CredentialItem(**item) for item in credentials]
+        found["credential_list"] = [litellm.types.utils.CredentialItem(**item) for item in credentials]
+    return found
 
 
 CREDENTIAL_PARAMS = (
@@ -2635,6 +2862,11 @@ def missing_key_error(model: str, keys: str) -> ProxyError:
     """The 401 of a model without a key."""
     message = f"the model {model!r} has no key: set {keys} in the proxy's environment"
     return ProxyError(401, message, code="missing_api_key")
+
+
+def api_path(request: Request) -> str:
+    """The path within the model API, which clients put under ``/v1`` or not."""
+    return request.path.removeprefix("/v1").rstrip("/")
 
 
 def require_method(request: Request, *allowed: str) -> None:
@@ -2674,7 +2906,7 @@ def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict
 def refuse_page(exchange: Exchange) -> None:
     """Raises ProxyError 502 for a web page with a good status, out of which LiteLLM makes an empty answer."""
     if exchange.status and (said := provider_page(exchange)):
-        raise ProxyError(502, said)
+        raise ProxyError(502, said, blame=PROVIDER)
 
 
 def provider_page(exchange: Exchange) -> str | None:
@@ -2738,6 +2970,8 @@ class Upstream:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise StartError(f"--litellm-url must be http://HOST:PORT or https://…, not {url!r}")
         self.host, self.prefix, self.authority = parts.hostname, parts.path.rstrip("/"), parts.netloc.rpartition("@")[2]
+        self.fault: str | None = None  # why it cannot be reached, until it can be again
+        self._closed = threading.Event()
         self.url = f"{parts.scheme}://{self.authority}{self.prefix}"  # without credentials: it is shown
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
 
@@ -2746,16 +2980,32 @@ class Upstream:
         try:
             sock = socket.create_connection((self.host, self.port), CONNECT_SECONDS)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return self._tls.wrap_socket(sock, server_hostname=self.host) if self._tls else sock
+            connected = self._tls.wrap_socket(sock, server_hostname=self.host) if self._tls else sock
         except OSError as error:
-            raise unavailable(f"the LiteLLM server at {self.url} cannot be reached ({error})") from None
+            fault = f"the LiteLLM server at {self.url} cannot be reached ({error})"
+            if self.fault is None:
+                threading.Thread(target=self._await_return, name="LiteLLM server's return", daemon=True).start()
+            self.fault = fault
+            raise unavailable(fault) from None
+        self.fault = None
+        return connected
+
+    def _await_return(self) -> None:
+        """Look for the server again and again, so that `fault` is true of now also where nobody asks for it."""
+        while not self._closed.wait(PROBE_SECONDS) and self.fault:
+            with contextlib.suppress(ProxyError):
+                self.connect().close()
+
+    def close(self) -> None:
+        """Look for the server no more."""
+        self._closed.set()
 
 
 class Pool:
     """The connections to one upstream; idle ones are used again, the last used first. One lock, held for no I/O."""
 
     def __init__(self, upstream: Upstream) -> None:
-        self._upstream, self._changed = upstream, threading.Condition()
+        self.upstream, self._changed = upstream, threading.Condition()
         self._idle: deque[tuple[socket.socket, float]] = deque()
         self._busy = 0
         self._closed = False
@@ -2774,7 +3024,7 @@ class Pool:
                 if time.monotonic() - since < POOL_IDLE_SECONDS and not readable(sock):
                     return sock, True
                 sock.close()
-            return self._upstream.connect(), False
+            return self.upstream.connect(), False
         except BaseException:
             self._leave()
             raise
@@ -2806,6 +3056,7 @@ class Pool:
 
     def close(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
+        self.upstream.close()
         with self._changed:
             self._closed = True
             idle, self._idle = self._idle, deque()
@@ -2966,15 +3217,14 @@ class BinaryBackend:
     """Forwards requests to LiteLLM's server.
 
     Args:
-        url: of the server.
-        down: says why the server cannot be asked right now, or None where it can.
+        pool: connections to the server.
+        server: the server itself, where it is our child.
     """
 
     name = "binary"
 
-    def __init__(self, config: Config, url: str, down: Callable[[], str | None] = lambda: None) -> None:
-        self._upstream, self._down = Upstream(url), down
-        self._pool = Pool(self._upstream)
+    def __init__(self, config: Config, pool: Pool, server: LitellmServer | None = None) -> None:
+        self.pool, self.server, self._upstream = pool, server, pool.upstream
         self._mappings = config.mappings
         retries = config.section("router_settings").get(
             "num_retries", config.section("litellm_settings").get("num_retries")
@@ -2989,8 +3239,7 @@ class BinaryBackend:
             ProxyError: 503 while the server is down, 502 or 504 where it breaks off or is silent.
             ClientGone: the client left; the connection to the server has been closed.
         """
-        reason = self._down()
-        if reason:
+        if self.server and (reason := self.server.down()):
             raise unavailable(reason)
         if request.body.framing and not is_form(request):
             data = request.body.read()
@@ -2998,19 +3247,19 @@ class BinaryBackend:
             refuse_smuggled_headers(data)
         head = self._head(request, route)
         try:  # a streamed body cannot be sent again, and so is not trusted to a connection that may be stale
-            return self._attempt(request, head, *self._pool.take(fresh=is_streamed(request)))
+            return self._attempt(request, head, *self.pool.take(fresh=is_streamed(request)))
         except Stale:
-            return self._attempt(request, head, *self._pool.take(fresh=True))
+            return self._attempt(request, head, *self.pool.take(fresh=True))
 
     def _attempt(self, request: Request, head: bytes, sock: socket.socket, reused: bool) -> Response:
         """One try on one connection; raises `Stale` where another may do."""
         try:
             return self._exchange(Connection(sock, request.peer, self._timeout, reused), request, head)
         except OSError as error:
-            self._pool.release(sock)
+            self.pool.release(sock)
             raise ProxyError(502, f"the connection to the LiteLLM server broke ({error})") from None
         except BaseException:
-            self._pool.release(sock)
+            self.pool.release(sock)
             raise
 
     def _head(self, request: Request, route: Route) -> bytes:
@@ -3092,7 +3341,7 @@ class BinaryBackend:
 
     def _finish(self, connection: Connection, keep: bool) -> None:
         """The exchange is over; its connection is kept where the answer was whole and nothing came behind it."""
-        self._pool.release(connection.sock, keep=keep and not connection.reader.buffered)
+        self.pool.release(connection.sock, keep=keep and not connection.reader.buffered)
 
     def _tunnel(self, connection: Connection, status: int, reason: str, headers: Headers) -> Response:
         """A 101: from here on bytes flow both ways, whatever they are."""
@@ -3111,27 +3360,22 @@ class BinaryBackend:
 
     def health(self) -> dict[str, dict[str, Any]]:
         """This backend's rows of ``/health``."""
-        reason = self._down()
-        return {
-            "litellm_server": {
-                "status": "unhealthy" if reason else "healthy",
-                "url": self._upstream.url,
-                "reason": reason,
-            }
-        }
+        reason = self.down()
+        row = {"status": "unhealthy" if reason else "healthy", "url": self._upstream.url, "reason": reason}
+        return {"litellm_server": {**row, **({"restarts": self.server.restarts} if self.server else {})}}
+
+    def down(self) -> str | None:
+        """Why the server cannot be asked right now; None where it can, as far as is known."""
+        return (self.server.down() if self.server else None) or self._upstream.fault
 
     def samples(self) -> Samples:
         """This backend's part of the metrics."""
-        return {"pool_connections": {(("state", state),): count for state, count in self._pool.count().items()}}
-
-    def close(self) -> None:
-        """Close idle connections."""
-        self._pool.close()
+        return {"pool_connections": {(("state", state),): count for state, count in self.pool.count().items()}}
 
 
 def unavailable(reason: str) -> ProxyError:
     """The 503 of a LiteLLM server that cannot be asked."""
-    return ProxyError(503, reason, headers=[("Retry-After", str(RETRY_AFTER_SECONDS))])
+    return ProxyError(503, reason, headers=[("Retry-After", str(RETRY_AFTER_SECONDS))], blame=BACKEND)
 
 
 def stated_cost(headers: Headers) -> float | None:
@@ -3239,7 +3483,7 @@ class LitellmServer:
 
     def __init__(self, config: Config, port: int, log: Log) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        self._config, self._port, self._log = config, port, log
+        self.config, self._port, self._log = config, port, log
         self._stopping = threading.Event()
         self._up = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -3293,7 +3537,7 @@ class LitellmServer:
 
     def _run_once(self) -> None:
         """Start the server and stay with it until it ends."""
-        arguments = ["--config", self._config.path, "--host", "127.0.0.1", "--port", str(self._port)]
+        arguments = ["--config", self.config.path, "--host", "127.0.0.1", "--port", str(self._port)]
         environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", **os.environ}
         # Loopback only and behind this proxy: a missing or weak master key is acceptable there.
         environment["LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"] = "true"
@@ -3368,6 +3612,99 @@ def server_answers(port: int) -> bool:
         connection.close()
 
 
+# ── failover ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# Which side answers a request, where there are two. It is decided before the first byte of an answer goes out, and not
+# again after it.
+
+
+WORKED = {CLIENT: None, PROVIDER: True, BACKEND: False}  # what an error shows of the SDK: a provider's, that it works
+
+
+class Failover:
+    """The SDK's side, with the binary side behind it.
+
+    In the order of the code: what leads to no model is the SDK's. While the circuit breaker holds the SDK back, the
+    binary side answers, and where it cannot be asked the SDK after all: the breaker never stands between a user and
+    the only way to a model. Else the SDK tries; where it has failed, and not the client or the provider, the binary
+    side gets the request; where that has no better answer, the SDK's error is the answer.
+    """
+
+    name = "sdk"
+
+    def __init__(self, sdk: SdkBackend, binary: BinaryBackend, breaker: CircuitBreaker, log: Log) -> None:
+        self._sdk, self._binary, self._breaker, self._log = sdk, binary, breaker, log
+
+    def answer(self, request: Request, route: Route) -> Response:
+        """Serve one request; raises what `SdkBackend.answer` raises."""
+        if not self._sdk.calls_a_model(request):
+            return self._sdk.answer(request, route)
+        ticket = self._breaker.ticket()
+        if ticket is None:
+            try:
+                return self._binary_answer(request, route)
+            except ProxyError as error:
+                if error.blame != BACKEND:
+                    raise
+        try:
+            response = self._sdk.answer(request, route)
+        except ClientGone:
+            self._breaker.report(ticket, None)
+            raise
+        except ProxyError as error:
+            return self._after(error, request, route, ticket)
+        except Exception as error:
+            return self._after(defect(error, request.id, self._log), request, route, ticket)
+        self._breaker.report(ticket, True)
+        return response
+
+    def _after(self, failure: ProxyError, request: Request, route: Route, ticket: int | None) -> Response:
+        """What becomes of a request on which the SDK has failed; raises the failure where that is the answer."""
+        if failure.blame != UNSURE:
+            self._breaker.report(ticket, WORKED[failure.blame])
+        second = self._repeat(request, route, failure) if failure.blame in (BACKEND, UNSURE) else None
+        if failure.blame == UNSURE:
+            self._breaker.report(ticket, False if second else None)
+        if second is None:
+            raise failure
+        return second
+
+    def _binary_answer(self, request: Request, route: Route) -> Response:
+        response = self._binary.answer(request, route)
+        response.backend = self._binary.name
+        return response
+
+    def _repeat(self, request: Request, route: Route, failure: ProxyError) -> Response | None:
+        """The binary side's answer to a request on which the SDK has failed; None where it is no better."""
+        message = f"the SDK failed ({failure.status} {failure.message[:MAX_LOGGED]}); the binary side is asked"
+        self._log.event("WARNING", "failover", "repeated", request_id=request.id, message=message)
+        try:
+            response = self._binary_answer(request, route)
+        except ProxyError:
+            return None
+        if response.status >= (500 if failure.blame == BACKEND else 400):
+            response.discard()
+            return None
+        return response
+
+    def health(self) -> dict[str, dict[str, Any]]:
+        """The rows of both sides; with one of them well, the other's fault is no more than a weakness."""
+        sides = (self._sdk.health(), self._binary.health())
+        well = any(all(row["status"] != "unhealthy" for row in side.values()) for side in sides)
+        rows = {name: row for side in sides for name, row in side.items()}
+        if well:
+            ill = {name: row for name, row in rows.items() if row["status"] == "unhealthy"}
+            rows.update({name: {**row, "status": "degraded"} for name, row in ill.items()})
+        breaker = self._breaker
+        closed = breaker.state is State.CLOSED
+        rows["circuit_breaker"] = {
+            "status": "healthy" if closed else "degraded",
+            "state": breaker.state.name.lower(),
+            "failures": breaker.failures,
+            "trips": breaker.trips,
+        }
+        return rows
+
+
 # ── application ──────────────────────────────────────────────────────────────────────────────────────────────────
 # One request from end to end: own endpoint or model API, authenticate, route, answer, record. No sockets.
 
@@ -3382,12 +3719,6 @@ class Backend(Protocol):
 
     def health(self) -> dict[str, dict[str, Any]]:
         """Rows for ``checks`` of ``/health``, each with a ``status``."""
-
-    def samples(self) -> Samples:
-        """This backend's part of the metrics."""
-
-    def close(self) -> None:
-        """Let go of everything."""
 
 
 DESKTOP_SCHEMES = frozenset("app file tauri vscode-file vscode-webview".split())  # origins of desktop applications
@@ -3469,25 +3800,6 @@ def is_loopback(name: str) -> bool:
         return name == "localhost" or name.endswith(".localhost")
 
 
-@dataclass
-class Record:
-    """What is remembered of one request; ``backend`` is `OWN` for the endpoints of our own."""
-
-    request: Request
-    began: float
-    route: Route = Route("")
-    backend: str = OWN
-    ttft: float | None = None
-
-    def seconds(self) -> float:
-        """How long ago the request's head was read."""
-        return time.monotonic() - self.began
-
-    def first_byte(self) -> None:
-        """The first byte of the answer's body is there."""
-        self.ttft = self.seconds()
-
-
 class WatchedBody:
     """A streamed body that tells when it began and when it has ended.
 
@@ -3529,15 +3841,54 @@ def nothing(*_: Any) -> None:
     """Stands for a callback that has been called."""
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What requests are served with, from one reading of the config to the next.
+
+    Args:
+        primary: the backend of this front.
+        sides: by name, those to which a header pattern may send its client.
+    """
+
+    config: Config
+    primary: Backend
+    sides: Mapping[str, Backend] = field(default_factory=dict)
+
+    def backend(self, route: Route) -> Backend:
+        """The backend for a request with this route."""
+        wanted = route.pattern.mode if route.pattern else None
+        return self.sides.get(wanted or "", self.primary)
+
+
+@dataclass
+class Record:
+    """What is remembered of one request; ``backend`` is `OWN` for the endpoints of our own."""
+
+    request: Request
+    began: float
+    serving: Serving
+    route: Route = Route("")
+    backend: str = OWN
+    ttft: float | None = None
+
+    def seconds(self) -> float:
+        """How long ago the request's head was read."""
+        return time.monotonic() - self.began
+
+    def first_byte(self) -> None:
+        """The first byte of the answer's body is there."""
+        self.ttft = self.seconds()
+
+
 class Application:
     """What one front serves.
 
     On an address that is not loopback, own endpoints need the master key.
     """
 
-    def __init__(self, config: Config, backend: Backend, metrics: Metrics, log: Log, access: Access) -> None:
-        self._config, self._backend, self._metrics, self._log = config, backend, metrics, log
-        self._access = access
+    def __init__(self, serving: Serving, metrics: Metrics, log: Log, access: Access) -> None:
+        self.serving = serving  # replaced as a whole; a request under way keeps the one that it began with
+        self._metrics, self._log, self._access = metrics, log, access
         self._reported: set[str] = set()  # patterns whose invalid ids were logged
         self._own = {
             "/health": self._health,
@@ -3548,8 +3899,9 @@ class Application:
 
     def answer(self, request: Request) -> Response:
         """Serve one request; every outcome but a vanished client is a Response."""
-        record = Record(request, time.monotonic())
-        request.id = request_id(request.headers)
+        serving = self.serving
+        record = Record(request, time.monotonic(), serving)
+        request.id = request_id_of(request.headers)
         own = self._own.get(request.path)
         self._metrics.begin()
         try:
@@ -3558,24 +3910,18 @@ class Application:
             if preflight:
                 response = preflight
             elif own:
-                response = self._answer_own(request, own)
+                response = self._answer_own(record, own)
             else:
-                record.backend = self._backend.name
-                self._authenticate(request)
-                record.route = self._route(request)
-                response = self._backend.answer(request, record.route)
+                response = self._answer_model(record)
         except ProxyError as error:
             response = self._error(error, request)
         except ClientGone:
             self._end(record, Response(499))
             raise
-        except Exception as error:  # our own defect: the client gets a clean answer, the log what we need to mend it
-            where = where_raised(error)
-            self._log.event("ERROR", "application", "defect", request_id=request.id, error=repr(error), where=where)
-            response = self._error(ProxyError(500, "the proxy failed on this request; its log says how"), request)
-        added = [*self._access.cors(request.headers), ("x-request-id", request.id)]
-        ours = {name.lower() for name, _ in added} - {"vary"}
-        response.headers = [*((name, value) for name, value in response.headers if name.lower() not in ours), *added]
+        except Exception as error:
+            response = self._error(defect(error, request.id, self._log), request)
+        record.backend = response.backend or record.backend
+        response.headers = self._headers(record, response)
         if isinstance(response.body, bytes):
             record.ttft = record.seconds()
             self._end(record, response)
@@ -3584,20 +3930,33 @@ class Application:
             response.body = body
         return response
 
-    def _answer_own(self, request: Request, own: Callable[[Request], Response]) -> Response:
-        require_method(request, "GET", "HEAD")
-        if not self._access.loopback and request.path != "/health":
-            self._check_key(request)
-        return own(request)
+    def _headers(self, record: Record, response: Response) -> list[tuple[str, str]]:
+        """The answer's header fields with ours in them."""
+        side = record.serving.primary.name if record.backend == OWN else record.backend
+        cors = self._access.cors(record.request.headers)
+        added = [*cors, ("x-request-id", record.request.id), ("x-proxy-backend", side)]
+        ours = {name.lower() for name, _ in added} - {"vary"}
+        return [*((name, value) for name, value in response.headers if name.lower() not in ours), *added]
 
-    def _authenticate(self, request: Request) -> None:
-        """The master key is ours to check in sdk mode; in binary mode LiteLLM's server knows its virtual keys too."""
-        if self._backend.name == "sdk":
-            self._check_key(request)
+    def _answer_own(self, record: Record, own: Callable[[Record], Response]) -> Response:
+        require_method(record.request, "GET", "HEAD")
+        if not self._access.loopback and record.request.path != "/health":
+            self._check_key(record)
+        return own(record)
 
-    def _check_key(self, request: Request) -> None:
+    def _answer_model(self, record: Record) -> Response:
+        record.backend = record.serving.primary.name
+        record.route = self._route(record)
+        backend = record.serving.backend(record.route)
+        record.backend = backend.name
+        if backend.name == "sdk":  # LiteLLM's server checks keys itself: it knows its virtual ones too
+            self._check_key(record)
+        return backend.answer(record.request, record.route)
+
+    @staticmethod
+    def _check_key(record: Record) -> None:
         """Raises ProxyError 401 unless the request shows the master key, where there is one."""
-        key = self._config.master_key
+        key, request = record.serving.config.master_key, record.request
         if key is None:
             return
         shown = [request.headers.get("x-api-key"), request.headers.get("api-key")]
@@ -3613,8 +3972,9 @@ class Application:
                 code="invalid_api_key",
             )
 
-    def _route(self, request: Request) -> Route:
-        route = route_memory(request.headers, self._config.mappings)
+    def _route(self, record: Record) -> Route:
+        request = record.request
+        route = route_memory(request.headers, record.serving.config.mappings)
         for pattern, user_id in route.invalid:
             if pattern.pattern not in self._reported:
                 self._reported.add(pattern.pattern)
@@ -3677,14 +4037,14 @@ class Application:
 
     # The endpoints of our own.
 
-    def _health(self, _request: Request) -> Response:
-        mappings = self._config.mappings
+    def _health(self, record: Record) -> Response:
+        config = record.serving.config
         checks: dict[str, dict[str, Any]] = {
             "session_manager": {"status": "healthy", "cookie_count": 0},
-            "configuration": {"status": "healthy", "model_count": len(self._config.model_names)},
-            "memory_router": {"status": "healthy", "pattern_count": len(mappings.patterns)},
+            "configuration": {"status": "healthy", "model_count": len(config.model_names)},
+            "memory_router": {"status": "healthy", "pattern_count": len(config.mappings.patterns)},
             "memory_service": {"status": "degraded" if self._metrics.memory_degraded else "healthy"},
-            **self._backend.health(),
+            **record.serving.primary.health(),
         }
         worst = max((row["status"] for row in checks.values()), key=("healthy", "degraded", "unhealthy").index)
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -3692,13 +4052,13 @@ class Application:
             503 if worst == "unhealthy" else 200, {"status": worst, "timestamp": now, "checks": checks}
         )
 
-    def _info(self, request: Request) -> Response:
-        return json_response(200, route_info(self._route(request)))
+    def _info(self, record: Record) -> Response:
+        return json_response(200, route_info(self._route(record)))
 
-    def _stats(self, _request: Request) -> Response:
+    def _stats(self, _record: Record) -> Response:
         return json_response(200, self._metrics.snapshot())
 
-    def _prometheus(self, _request: Request) -> Response:
+    def _prometheus(self, _record: Record) -> Response:
         return Response(
             200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], self._metrics.prometheus().encode()
         )
@@ -3720,20 +4080,10 @@ def readable_outcome(outcome: Outcome, request: Request) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def request_id(headers: Headers) -> str:
+def request_id_of(headers: Headers) -> str:
     """The client's ``x-request-id`` where it is one visible token, else a new one."""
     given = headers.values("x-request-id")
     return given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else uuid.uuid4().hex
-
-
-def where_raised(error: BaseException) -> str:
-    """File and line of an exception, innermost last: a traceback that fits a log line."""
-    frames = []
-    trace = error.__traceback__
-    while trace:
-        frames.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    return " > ".join(frames)
 
 
 # ── HTTP front ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3780,8 +4130,8 @@ class ClientPeer:
 class ClientBody:
     """A request body that is read from its connection when a backend asks for it."""
 
-    def __init__(self, reader: Reader, framing: int, expects_continue: Callable[[], None] | None) -> None:
-        self.framing, self._reader, self._ask = framing, reader, expects_continue
+    def __init__(self, reader: Reader, framing: int, limit: int, expects_continue: Callable[[], None] | None) -> None:
+        self.framing, self._reader, self._limit, self._ask = framing, reader, limit, expects_continue
         self._data: bytes | None = b"" if framing == BODILESS else None
         self.finished = framing == BODILESS
 
@@ -3790,15 +4140,15 @@ class ClientBody:
         if self._data is not None:
             yield self._data
             return
-        if self.framing > MAX_BODY_BYTES:
-            raise too_large()
+        if self.framing > self._limit:
+            raise self._too_large()
         if self._ask:
             self._ask()
         size = 0
         for piece in self._reader.body(self.framing):
             size += len(piece)
-            if size > MAX_BODY_BYTES:
-                raise too_large()
+            if size > self._limit:
+                raise self._too_large()
             yield piece
         self.finished = True
 
@@ -3808,10 +4158,8 @@ class ClientBody:
             self._data = b"".join(self.pieces())
         return self._data
 
-
-def too_large() -> ProxyError:
-    """The 413 of a body over the limit."""
-    return ProxyError(413, f"the request body is over {MAX_BODY_BYTES // (1024 * 1024)} MiB")
+    def _too_large(self) -> ProxyError:
+        return ProxyError(413, f"the request body is over {self._limit / (1024 * 1024):g} MiB (--max-body-mb)")
 
 
 def reason_phrase(status: int) -> str:
@@ -3902,7 +4250,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ProxyError(417, "Expect can only be 100-continue")
         peer = ClientPeer(self.connection, minor)
         ask = (lambda: peer.interim(100, Headers(()))) if expects else None  # RFC 9110 §10.1.1
-        return Request(method, target, headers, ClientBody(self._reader, framing, ask), peer, minor)
+        return Request(
+            method, target, headers, ClientBody(self._reader, framing, self.server.limits.body_bytes, ask), peer, minor
+        )
 
     def _refuse(self, error: ProxyError, dialect: str) -> None:
         """Answer a request that could not be read, or not be served, and close."""
@@ -4047,6 +4397,14 @@ def shut(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RD)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How much a front takes in: ``connections`` at once, ``body_bytes`` of one request."""
+
+    connections: int = MAX_CONNECTIONS
+    body_bytes: int = MAX_BODY_BYTES
+
+
 class Front(http.server.ThreadingHTTPServer):
     """Accepts connections for one application."""
 
@@ -4054,9 +4412,9 @@ class Front(http.server.ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 1024  # the default of 5 refuses a burst of connections
 
-    def __init__(self, address: tuple[str, int], application: Application, log: Log, max_connections: int) -> None:
-        self.application, self._log = application, log
-        self.connections = Connections(max_connections)
+    def __init__(self, address: tuple[str, int], application: Application, log: Log, limits: Limits) -> None:
+        self.application, self._log, self.limits = application, log, limits
+        self.connections = Connections(limits.connections)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
@@ -4086,6 +4444,11 @@ class Front(http.server.ThreadingHTTPServer):
         host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
         return f"http://{host}:{self.server_port}"
 
+    @property
+    def running(self) -> bool:
+        """Whether it accepts connections."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Accept connections from now on."""
         self._thread.start()
@@ -4110,12 +4473,456 @@ class Front(http.server.ThreadingHTTPServer):
             self._log.event("ERROR", "front", "defect", error=repr(error), where=where_raised(error))
 
 
+# ── program ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# The running proxy: its backends, its fronts, and how they change while it runs. A new config makes new backends, and
+# each front's `Serving` is replaced as a whole: requests under way end with what they began with.
+
+
+MIN_MASTER_KEY = 16  # characters
+EXAMPLE_KEYS = ("sk-1234567890abcdef", "sk-1234567890123456", "your-master-key-here")  # long enough, and known to all
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, the environment and the config, put together in their order of precedence."""
+
+    mode: str
+    host: str
+    port: int
+    sdk_port: int
+    litellm_url: str | None
+    litellm_port: int
+    cookie_file: str | None
+    limits: Limits
+    access: Access
+
+    @property
+    def needs_server(self) -> bool:
+        """Whether a LiteLLM server has to be started."""
+        return self.litellm_url is None and self.mode != "sdk"
+
+    @property
+    def has_sdk(self) -> bool:
+        """Whether LiteLLM's SDK is needed."""
+        return self.mode != "binary"
+
+    def primary_side(self, config: Config) -> str:
+        """Which side serves the main port; under --mode both the config says so, and may change it."""
+        if self.mode != "both":
+            return self.mode
+        return "sdk" if config.experimental.get("use_sdk_proxy") is True else "binary"
+
+
+def refuse_open_bind(settings: Settings, config: Config) -> None:
+    """Raises StartError for an address that others can reach without a master key worth its name."""
+    key = config.master_key or ""
+    if not settings.access.loopback and (len(key) < MIN_MASTER_KEY or key in EXAMPLE_KEYS):
+        rule = f"general_settings.master_key of {MIN_MASTER_KEY} characters or more, which is none of the examples"
+        raise StartError(f"--host {settings.host} can be reached by others, and needs a {rule}")
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The backends of one config; ``server`` is the LiteLLM server that is our child."""
+
+    config: Config
+    primary: str
+    sdk: SdkBackend | None = None
+    binary: BinaryBackend | None = None
+    server: LitellmServer | None = None
+
+
+class Program:
+    """The running proxy.
+
+    Args:
+        config: with its environment applied.
+        given: the environment that the program was started with.
+        stopped: whether it has been told to stop.
+        publish: told, after each (re)load that is through, what was wrong with it and which side serves each front.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: Config,
+        given: Mapping[str, str],
+        log: Log,
+        stopped: Callable[[], bool],
+        publish: Callable[[Sequence[str], Mapping[str, str]], None],
+    ) -> None:
+        self._settings, self._log, self._stopped, self._publish = settings, log, stopped, publish
+        self._given = given
+        self._metrics = Metrics()
+        self._metrics.sources.append(self._samples)
+        self._breaker = CircuitBreaker(self._breaker_changed)
+        self._runtime: SdkRuntime | None = None
+        self._sides = Sides(config, "")
+        self._fronts: list[tuple[str, Front]] = []  # "main" or "sdk"
+        self._lock = threading.Lock()  # one change of the sides at a time
+        self._loads = 0
+
+    def start(self) -> None:
+        """Bring everything up and print the ``ready:`` lines; raises StartError."""
+        settings, config = self._settings, self._sides.config
+        server = LitellmServer(config, settings.litellm_port, self._log) if settings.needs_server else None
+        if server:
+            server.start()
+            self._sides = replace(self._sides, server=server)
+        sdk = None
+        if settings.has_sdk:
+            self._log.event("INFO", "sdk", "starting", message="loading LiteLLM (3 to 10 s)")
+            self._runtime = SdkRuntime(self._log, Session(settings.cookie_file, self._log))
+            sdk = SdkBackend(config, self._runtime)
+            self._runtime.bridge.run(self._runtime.prove_cookies())
+        self._install(Sides(config, settings.primary_side(config), sdk, self._binary(config, server), server))
+        plan = [("main", settings.port), *([("sdk", settings.sdk_port)] if settings.mode == "both" else [])]
+        for role, port in plan:
+            self._fronts.append((role, self._front(role, port)))
+        for _, front in self._fronts:
+            front.start()
+        if server and self._sides.primary == "binary":
+            server.wait(self._stopped)
+        if self._stopped():
+            return
+        for url, side in self._serving().items():
+            print(f"ready: {side} {url}", flush=True)
+        self._publish([], self._serving())
+
+    def _binary(self, config: Config, server: LitellmServer | None) -> BinaryBackend | None:
+        """The binary side, if there is one; connections to a server are kept from one config to the next."""
+        old = self._sides.binary
+        if old and old.server is server:
+            return BinaryBackend(config, old.pool, server)
+        url = server.url if server else self._settings.litellm_url
+        return BinaryBackend(config, Pool(Upstream(url)), server) if url else None
+
+    def _front(self, role: str, port: int) -> Front:
+        settings = self._settings
+        application = Application(self._for_front(role), self._metrics, self._log, settings.access)
+        try:
+            return Front((settings.host, port), application, self._log, settings.limits)
+        except (OSError, OverflowError) as error:
+            said = f"cannot listen on {settings.host}:{port}: {error.args[-1]}; another --port may be free"
+            raise StartError(said) from None
+
+    def _install(self, new: Sides) -> Sides:
+        """Serve the next requests by these sides; returns those before."""
+        old, self._sides = self._sides, new
+        self._breaker.configure(*new.config.breaker)
+        for role, front in self._fronts:
+            front.application.serving = self._for_front(role)
+        if old.sdk and old.sdk is not new.sdk:
+            old.sdk.close()
+        return old
+
+    def _for_front(self, role: str) -> Serving:
+        sides = self._sides
+        backends: dict[str, Backend] = {}
+        if sides.binary:
+            backends["binary"] = sides.binary
+        if sides.sdk:
+            both = Failover(sides.sdk, sides.binary, self._breaker, self._log) if sides.binary else sides.sdk
+            backends["sdk"] = both
+        if role == "main":
+            return Serving(sides.config, backends[sides.primary], backends)
+        return Serving(sides.config, backends[role])
+
+    def _serving(self) -> dict[str, str]:
+        """Front URL → the side that serves it."""
+        return {front.url: self._sides.primary if role == "main" else role for role, front in self._fronts}
+
+    def _breaker_changed(self, old: State, new: State) -> None:
+        level, message = BREAKER_NEWS[old, new]
+        self._log.event(level, "failover", "circuit_breaker", state=new.name.lower(), message=message)
+
+    def _samples(self) -> Samples:
+        """What the backends and the program itself add to the metrics."""
+        sides = self._sides
+        found: Samples = {"client_connections": {(): sum(front.connections.count for _, front in self._fronts)}}
+        found.update(sides.sdk.samples() if sides.sdk else {})
+        found.update(sides.binary.samples() if sides.binary else {})
+        if sides.server:
+            found["litellm_server_restarts_total"] = {(): sides.server.restarts}
+        if sides.sdk and sides.binary:
+            found["circuit_breaker_state"] = {(): self._breaker.state}
+            found["circuit_breaker_trips_total"] = {(): self._breaker.trips}
+        return found
+
+    # Reading the config again.
+
+    def reload(self) -> None:
+        """Read the config again, and serve the next requests by it; one that cannot be used changes nothing."""
+        try:
+            with self._lock:
+                self._loads += 1
+                config = load_config(self._sides.config.path, self._given)
+                refuse_open_bind(self._settings, config)
+                self._take_over(config)
+        except ConfigError as error:
+            self._refused([str(problem) for problem in error.problems])
+        except StartError as error:
+            self._refused([str(error)])
+        except Exception as error:  # a defect must not take down what works
+            self._refused([str(defect(error, "-", self._log))])
+
+    def _refused(self, problems: Sequence[str]) -> None:
+        for problem in problems:
+            message = f"the config is not taken over, the old one stays: {problem}"
+            self._log.event("ERROR", "config", "refused", message=message)
+        self._publish(problems, self._serving())
+
+    def _take_over(self, config: Config) -> None:
+        """Make the backends of a new config, and serve by them as far as they are ready."""
+        old = self._sides
+        server = old.server
+        apply_environment(config, old.config)
+        self._log.redact = Redactor(config.secrets | old.config.secrets | environment_secrets())
+        try:
+            sdk = SdkBackend(config, self._runtime) if self._runtime else None
+            if server and server.config.server_part != config.server_part:
+                server = LitellmServer(config, free_port(self._settings.litellm_port), self._log)
+                server.start()
+        except StartError:
+            apply_environment(old.config, config)
+            if self._runtime:
+                self._runtime.apply_settings(old.config)
+            raise
+        for warning in config.warnings:
+            self._log.event("WARNING", "config", "warning", message=str(warning))
+        primary = self._settings.primary_side(config)
+        new = Sides(config, primary, sdk, self._binary(config, server), server)
+        moves = primary == "binary" != old.primary
+        if server is None or (server is old.server and not (moves and server.down())):
+            self._switch(new)
+            return
+        # The server takes its time. Until then the one before goes on, by the new config's patterns.
+        stays = old.primary if moves else primary
+        self._install(Sides(config, stays, sdk, self._binary(config, old.server), old.server))
+        threading.Thread(target=self._switch_later, args=(new, self._loads), name="switch", daemon=True).start()
+
+    def _switch_later(self, new: Sides, load: int) -> None:
+        """Switch to a LiteLLM server as soon as it is ready, unless a later config has come before that."""
+        server = new.server
+        assert server
+        fault: StartError | None = None
+        try:
+            server.wait(lambda: self._stopped() or self._loads != load)
+        except StartError as error:
+            fault = error
+        with self._lock:
+            overtaken = self._stopped() or self._loads != load
+            if not (fault or overtaken):
+                self._switch(new)
+                return
+            unused = server is not self._sides.server
+        if unused:
+            server.stop()
+        if fault and not overtaken:
+            self._refused([f"{fault}; binary mode goes on as before"])
+
+    def _switch(self, new: Sides) -> None:
+        """Serve by these sides, all of them ready; say so, and let go of the old ones once their requests are done."""
+        old = self._install(new)
+        counts = f"{len(new.config.model_names)} models, {len(new.config.mappings.patterns)} patterns"
+        message = f"config taken over: {counts}; {new.primary} serves the main port"
+        self._log.event("INFO", "config", "reloaded", message=message)
+        self._publish([], self._serving())
+        if old.server is not new.server:
+            threading.Thread(target=self._retire_server, args=(old,), name="retire", daemon=True).start()
+
+    @staticmethod
+    def _retire_server(old: Sides) -> None:
+        """Stop a LiteLLM server once nobody waits for it any more."""
+        assert old.binary and old.server
+        old.binary.pool.close()
+        old.binary.pool.wait_quiet(old.config.request_seconds)
+        old.server.stop()
+
+    def guide(self) -> list[str]:
+        """What a user needs to know next, line by line."""
+        config = self._sides.config
+        url = self._fronts[0][1].url
+        missing = self._sides.sdk.missing_keys if self._sides.sdk else config.missing_keys
+        mappings = config.mappings
+        usable = next((name for name in config.model_names if name not in missing), config.model_names[0])
+        token = "$LITELLM_MASTER_KEY" if config.master_key else "anything"
+        return [
+            f"models: {', '.join(config.model_names)}",
+            *(f"no key: {name} answers 401 until you set {keys}" for name, keys in missing.items()),
+            f"memory ({mappings.inject_header}):",
+            *([f"  {mappings.custom_header}: ID{'':<17} -> ID"] if mappings.custom_header else []),
+            *(f"  {p.header + ': ' + p.pattern:<42} -> {p.user_id}" for p in mappings.patterns),
+            f"  {'anyone else':<42} -> {mappings.default_user_id}",
+            "clients:",
+            f"  PyCharm AI Assistant   Settings > Tools > AI Assistant > Models > OpenAI API, URL {url}/v1",
+            f"  Claude Code            ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={token} claude",
+            f"  any OpenAI client      OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={token}",
+            f"try it: curl {url}/v1/chat/completions -H 'content-type: application/json' "
+            f"""-d '{{"model": "{usable}", "messages": [{{"role": "user", "content": "hello"}}]}}'""",
+        ]
+
+    def stop(self) -> None:
+        """Let what is in flight end, then close everything."""
+        drains = [threading.Thread(target=front.drain) for _, front in self._fronts if front.running]
+        for thread in drains:
+            thread.start()
+        for thread in drains:
+            thread.join()
+        with self._lock:
+            sides = self._sides
+        if sides.binary:
+            sides.binary.pool.close()
+        if self._runtime:
+            self._runtime.close()
+        if sides.server:
+            sides.server.stop()
+
+
+BREAKER_NEWS = {
+    (State.CLOSED, State.OPEN): ("CRITICAL", "the SDK keeps failing: the binary side serves (circuit breaker open)"),
+    (State.OPEN, State.HALF_OPEN): ("INFO", "one request tries the SDK again"),
+    (State.HALF_OPEN, State.OPEN): ("WARNING", "the SDK still fails: the binary side goes on serving"),
+    (State.HALF_OPEN, State.CLOSED): ("WARNING", "the SDK works again, and serves (circuit breaker closed)"),
+}
+
+
+def free_port(wanted: int) -> int:
+    """This port of loopback where nobody listens on it, else one that is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment_secrets() -> frozenset[str]:
+    """The values of environment variables whose names say that they are secret."""
+    return frozenset(v for k, v in os.environ.items() if SECRET_KEY.search(k) and len(v) >= MIN_SECRET_LENGTH)
+
+
+class PidFile:
+    """``config.yaml.pid``: whom to signal, locked for as long as we live; beside it, for `move_traffic`, the status.
+
+    The lock tells a living proxy from a number that some other process has got meanwhile. Of several proxies with one
+    config, the first has the file. Where it cannot be written there is none, and `rollback` finds nobody.
+    """
+
+    def __init__(self, config_path: str, log: Log) -> None:
+        self._path, self._status, self._log = Path(f"{config_path}.pid"), Path(f"{config_path}.status"), log
+        self._file: Any = None
+        self._loads = 0
+
+    def __enter__(self) -> PidFile:
+        try:
+            file = self._path.open("a+")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            taken = isinstance(error, BlockingIOError)
+            message = "another proxy runs with this config" if taken else f"{self._path}: {error.strerror}"
+            self._log.event("WARNING", "program", "pid_file", message=f"{message}: rollback does not reach this one")
+            return self
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        self._file = file
+        return self
+
+    def publish(self, problems: Sequence[str], serving: Mapping[str, str]) -> None:
+        """Say how the newest reading of the config went, and which side serves each front."""
+        self._loads += 1
+        if self._file is None:
+            return
+        status = {"pid": os.getpid(), "loads": self._loads, "problems": list(problems), "serving": dict(serving)}
+        part = Path(f"{self._status}.part")
+        with contextlib.suppress(OSError):
+            part.write_text(json.dumps(status))
+            part.replace(self._status)
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            for path in (self._status, self._path):
+                path.unlink(missing_ok=True)
+            self._file.close()
+
+
+def running_proxy(config_path: str) -> tuple[int, dict[str, Any]] | None:
+    """Process id and status of the proxy that runs with this config, or None."""
+    try:
+        with Path(f"{config_path}.pid").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read()), json.loads(Path(f"{config_path}.status").read_text())
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def set_use_sdk(path: str, value: bool) -> None:
+    """Set ``general_settings.experimental.use_sdk_proxy`` in a config file, and leave all else in it as it is.
+
+    Raises:
+        StartError: the file cannot be read or written, or the setting comes from a file that it includes.
+    """
+    wanted = read_yaml(path)
+    general = wanted.get("general_settings") or {}
+    experimental = general.get("experimental") or {} if isinstance(general, dict) else None
+    if not isinstance(experimental, dict):
+        raise StartError(f"{path}: general_settings.experimental must be a mapping")
+    wanted["general_settings"] = {**general, "experimental": {**experimental, "use_sdk_proxy": value}}
+    real = Path(path).resolve()
+    try:
+        text = real.read_bytes().decode()
+        part = real.with_name(f"{real.name}.{os.getpid()}.part")
+        part.write_bytes(with_use_sdk(text, value).encode())
+        try:
+            if read_yaml(str(part)) != wanted:
+                raise ValueError
+            shutil.copymode(real, part)
+            part.replace(real)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise StartError(f"{path}: {error.strerror}") from None
+    except (ValueError, ConfigError, yaml.YAMLError):
+        hint = f"set general_settings.experimental.use_sdk_proxy: {str(value).lower()} by hand"
+        raise StartError(f"{path}: its form is too unusual to be changed safely; {hint}") from None
+
+
+def with_use_sdk(text: str, value: bool) -> str:
+    """The YAML text with the setting in it: its value replaced, or the keys that are missing put in."""
+    missing = ["general_settings", "experimental", "use_sdk_proxy"]
+    node: Any = yaml.compose(text, yaml.SafeLoader)
+    above: Any = None  # the key of ``node``
+    while missing and isinstance(node, yaml.MappingNode):
+        pair = next((pair for pair in node.value if pair[0].value == missing[0]), None)
+        if pair is None:
+            break
+        above, node = pair
+        del missing[0]
+    said = str(value).lower()
+    if not missing:
+        return text[: node.start_mark.index] + said + text[node.end_mark.index :]
+    if isinstance(node, yaml.MappingNode) and node.flow_style:
+        at = node.start_mark.index + 1
+        nested = ": {".join(missing) + f": {said}" + "}" * (len(missing) - 1) + (", " if node.value else "")
+        return text[:at] + nested + text[at:]
+    end = "\r\n" if "\r\n" in text else "\n"
+    text += "" if text.endswith("\n") else end
+    inside = isinstance(node, yaml.MappingNode) and node.value
+    indent = node.value[0][0].start_mark.column if inside else above.start_mark.column + 2
+    at = text.index("\n", above.end_mark.index) + 1 if above else len(text)
+    lines = [f"{' ' * (indent + 2 * depth)}{key}:" for depth, key in enumerate(missing)]
+    return text[:at] + end.join(lines) + f" {said}{end}" + text[at:]
+
+
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 # Arguments, signals, exit codes, and what a user reads at the start.
 
 MODES = ("sdk", "binary", "both")
-MIN_MASTER_KEY = 16  # characters
-EXAMPLE_KEYS = ("sk-1234567890abcdef", "sk-1234567890123456", "your-master-key-here")  # long enough, and known to all
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 EPILOG = """\
 examples:
@@ -4124,6 +4931,8 @@ examples:
   %(prog)s --mode binary --litellm-url http://gpu:4000 forwards to a server that runs elsewhere
   %(prog)s --mode both                                 binary on 8764, sdk on 8765
   %(prog)s check                                       is config.yaml right?
+  %(prog)s cutover                                     --mode both: the sdk serves the main port from now on
+  %(prog)s rollback                                    --mode both: binary serves it again
 
 environment:
   CONFIG_PATH, PROXY_PORT                 defaults of --config and --port
@@ -4140,7 +4949,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    commands = "serve (default): run the proxy; check: validate the config, exit 1 if it has problems"
+    commands = (
+        "serve (default): run the proxy; check: validate the config, exit 1 if it has problems; cutover, rollback: "
+        "move the main port of the running --mode both to the sdk, back to binary"
+    )
     add("command", nargs="?", default="serve", choices=tuple(COMMANDS), help=commands)
     add("--mode", choices=MODES, help="how to reach the models: sdk, binary, or both on two ports (default: sdk)")
     add("--use-sdk", dest="mode", action="store_const", const="sdk", help="the same as --mode sdk")
@@ -4164,6 +4976,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cookie-file", metavar="PATH", help="keep sdk mode's cookies here over restarts (default: in memory only)")
     most = "client connections at once; idle ones make room for new ones (default: %(default)s)"
     add("--max-connections", metavar="N", type=positive_number, default=MAX_CONNECTIONS, help=most)
+    body = "size of a request body in MiB (default: %(default)s)"
+    add("--max-body-mb", metavar="N", type=positive_number, default=MAX_BODY_BYTES // 2**20, help=body)
     hosts = "let in requests whose Host header has this name too, * for any; may be repeated"
     add("--allow-host", metavar="NAME", action="append", type=host_option, default=[], help=hosts)
     origins = "let in web pages of this origin, such as https://chat.example, * for any; may be repeated"
@@ -4176,6 +4990,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=str.upper,
         help="what is logged (default: LOG_LEVEL, else INFO)",
     )
+    add("--watch", action="store_true", help="read the config again when it changes (SIGHUP does it at any time)")
     add("--log-json", action="store_true", help="log JSON lines on a terminal too; elsewhere it does so anyway")
     add("--log-file", metavar="PATH", help="log there too, as JSON lines; rotated at 10 MiB, five older files are kept")
     server_port = "the port of the LiteLLM server that is started (default: %(default)s)"
@@ -4213,27 +5028,6 @@ def origin_option(text: str) -> str:
     return text.lower().rstrip("/")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The command line, the environment and the config, put together in their order of precedence."""
-
-    mode: str
-    host: str
-    port: int
-    sdk_port: int
-    litellm_url: str | None
-    litellm_port: int
-    sdk_on_main: bool
-    cookie_file: str | None
-    max_connections: int
-    access: Access
-
-    @property
-    def needs_server(self) -> bool:
-        """Whether a LiteLLM server has to be started."""
-        return self.litellm_url is None and (self.mode == "binary" or (self.mode == "both" and not self.sdk_on_main))
-
-
 def settle(arguments: argparse.Namespace, config: Config) -> Settings:
     """Decide the mode and the ports.
 
@@ -4241,7 +5035,7 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
         StartError: a value of the environment or the config is unusable.
     """
     experimental = config.experimental
-    use_sdk = os.environ.get("USE_SDK_PROXY") or experimental.get("use_sdk_proxy")
+    use_sdk = config.environment.get("USE_SDK_PROXY") or experimental.get("use_sdk_proxy")
     flags = {"true": True, "false": False, "none": None, "": None}
     if str(use_sdk).lower() not in flags:
         raise StartError(f"USE_SDK_PROXY / use_sdk_proxy must be true or false, not {use_sdk!r}")
@@ -4261,13 +5055,12 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
     return Settings(
         mode=mode,
         host=arguments.host,
-        port=port(arguments.port, os.environ.get("PROXY_PORT"), fallback, DEFAULT_PORT),
+        port=port(arguments.port, config.environment.get("PROXY_PORT"), fallback, DEFAULT_PORT),
         sdk_port=port(arguments.sdk_port, experimental.get("sdk_proxy_port"), DEFAULT_SDK_PORT),
         litellm_url=arguments.litellm_url,
         litellm_port=arguments.litellm_port,
-        sdk_on_main=mode == "both" and flags[str(experimental.get("use_sdk_proxy")).lower()] is True,
         cookie_file=arguments.cookie_file,
-        max_connections=arguments.max_connections,
+        limits=Limits(arguments.max_connections, arguments.max_body_mb * 1024 * 1024),
         access=Access(
             is_loopback(arguments.host.lower()), frozenset(arguments.allow_host), frozenset(arguments.allow_origin)
         ),
@@ -4283,173 +5076,145 @@ def needs_server(argv: Sequence[str]) -> bool:
         return False
 
 
-class Program:
-    """The running proxy: its backends, its fronts, and their end."""
-
-    def __init__(self, settings: Settings, config: Config, log: Log, stopped: Callable[[], bool]) -> None:
-        self._settings, self._config, self._log, self._stopped = settings, config, log, stopped
-        self._metrics = Metrics()
-        self._server: LitellmServer | None = None
-        self._backends: dict[str, Backend] = {}
-        self._fronts: list[Front] = []
-
-    def start(self) -> None:
-        """Bring everything up and print the ``ready:`` lines; raises StartError."""
-        settings = self._settings
-        binary_url = settings.litellm_url
-        if settings.needs_server:
-            self._server = LitellmServer(self._config, settings.litellm_port, self._log)
-            self._server.start()
-            binary_url = self._server.url
-        plan = [(settings.mode, settings.port)] if settings.mode != "both" else [
-            ("sdk" if settings.sdk_on_main else "binary", settings.port), ("sdk", settings.sdk_port),
-        ]  # fmt: skip
-        for name in dict.fromkeys(name for name, _ in plan):
-            self._backends[name] = self._backend(name, binary_url)
-        for name, port in plan:
-            self._fronts.append(self._front(name, port))
-        self._metrics.sources += [self._samples, *(backend.samples for backend in self._backends.values())]
-        for front in self._fronts:
-            front.start()
-        if self._server:
-            self._server.wait(self._stopped)
-        if self._stopped():
-            return
-        for (name, _), front in zip(plan, self._fronts, strict=True):
-            print(f"ready: {name} {front.url}", flush=True)
-
-    def _samples(self) -> Samples:
-        """The program's own part of the metrics."""
-        connections = sum(front.connections.count for front in self._fronts)
-        found: Samples = {"client_connections": {(): connections}}
-        if self._server:
-            found["litellm_server_restarts_total"] = {(): self._server.restarts}
-        return found
-
-    def _backend(self, name: str, binary_url: str | None) -> Backend:
-        if name == "sdk":
-            self._log.event("INFO", "sdk", "starting", message="loading LiteLLM (3 to 10 s)")
-            try:
-                return SdkBackend(self._config, self._log, Session(self._settings.cookie_file, self._log))
-            except StartError:
-                raise
-            except Exception as error:  # LiteLLM checks its sections with whatever exception comes to hand
-                said = plain_message(error).split("\n")[0]
-                raise StartError(
-                    f"{self._config.path}: LiteLLM refuses this config: {type(error).__name__}: {said}"
-                ) from None
-        assert binary_url
-        return BinaryBackend(self._config, binary_url, self._server.down if self._server else lambda: None)
-
-    def _front(self, name: str, port: int) -> Front:
-        host = self._settings.host
-        application = Application(self._config, self._backends[name], self._metrics, self._log, self._settings.access)
-        try:
-            return Front((host, port), application, self._log, self._settings.max_connections)
-        except (OSError, OverflowError) as error:
-            raise StartError(f"cannot listen on {host}:{port}: {error.args[-1]}; another --port may be free") from None
-
-    def guide(self) -> list[str]:
-        """What a user needs to know next, line by line."""
-        main = self._fronts[0].url
-        backend = self._backends.get("sdk")
-        missing = backend.missing_keys if isinstance(backend, SdkBackend) else self._config.missing_keys
-        mappings = self._config.mappings
-        usable = next((name for name in self._config.model_names if name not in missing), self._config.model_names[0])
-        return [
-            f"models: {', '.join(self._config.model_names)}",
-            *(f"no key: {name} answers 401 until you set {keys}" for name, keys in missing.items()),
-            f"memory ({mappings.inject_header}):",
-            *([f"  {mappings.custom_header}: ID{'':<17} -> ID"] if mappings.custom_header else []),
-            *(f"  {p.header + ': ' + p.pattern:<42} -> {p.user_id}" for p in mappings.patterns),
-            f"  {'anyone else':<42} -> {mappings.default_user_id}",
-            "clients:",
-            f"  PyCharm AI Assistant   Settings > Tools > AI Assistant > Models > OpenAI API, URL {main}/v1",
-            f"  Claude Code            ANTHROPIC_BASE_URL={main} ANTHROPIC_AUTH_TOKEN={self._token()} claude",
-            f"  any OpenAI client      OPENAI_BASE_URL={main}/v1 OPENAI_API_KEY={self._token()}",
-            f"try it: curl {main}/v1/chat/completions -H 'content-type: application/json' "
-            f"""-d '{{"model": "{usable}", "messages": [{{"role": "user", "content": "hello"}}]}}'""",
-        ]
-
-    def _token(self) -> str:
-        return "$LITELLM_MASTER_KEY" if self._config.master_key else "anything"
-
-    def stop(self) -> None:
-        """Let what is in flight end, then close everything."""
-        drains = [threading.Thread(target=front.drain) for front in self._fronts if front._thread.is_alive()]
-        for thread in drains:
-            thread.start()
-        for thread in drains:
-            thread.join()
-        for backend in self._backends.values():
-            backend.close()
-        if self._server:
-            self._server.stop()
-
-
-def refuse_open_bind(settings: Settings, config: Config) -> None:
-    """Raises StartError for an address that others can reach without a master key worth its name."""
-    key = config.master_key or ""
-    if not settings.access.loopback and (len(key) < MIN_MASTER_KEY or key in EXAMPLE_KEYS):
-        rule = f"general_settings.master_key of {MIN_MASTER_KEY} characters or more, which is none of the examples"
-        raise StartError(f"--host {settings.host} can be reached by others, and needs a {rule}")
-
-
 class Signals:
-    """Waits for one of some signals, whichever thread the system hands it to.
+    """The signals that were sent to us, whichever thread the system hands them to.
 
     Python runs its handlers in the main thread, and a main thread that waits for a lock does not wake for a signal that
     another thread got; a byte in a socket wakes it always (`signal.set_wakeup_fd`).
     """
 
-    def __init__(self, *numbers: signal.Signals) -> None:
-        self.came = False
+    def __init__(self) -> None:
+        self.stop = self.reload = False
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
+        self._terminal = sys.stderr.isatty()
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in numbers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._note)
 
-    def _note(self, *_: Any) -> None:
-        self.came = True
+    def _note(self, number: int, _frame: Any) -> None:
+        # A terminal that was closed sends SIGHUP too, and wants everything in it to end.
+        hung_up = number == signal.SIGHUP and self._terminal and not sys.stderr.isatty()
+        if number == signal.SIGHUP and not hung_up:
+            self.reload = True
+        else:
+            self.stop = True
 
-    def wait(self) -> None:
-        """Return when one has come, be it before this call."""
-        while not self.came:
-            self._reader.recv(1)
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when there is one to be seen to, be it from before this call, or after this time."""
+        self._reader.settimeout(seconds)
+        with contextlib.suppress(TimeoutError):
+            while not (self.stop or self.reload):
+                self._reader.recv(1)
+
+
+class Watch:
+    """Tells when a config has changed and lies still again: editors write in several steps."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._seen = self._taken = self._look()
+
+    def _look(self) -> list[tuple[int, int, int]]:
+        """What the file system says of the config, its ``include`` files and ``.env``."""
+        found = []
+        for path in (self._path, ".env", *included_files(self._path)):
+            with contextlib.suppress(OSError):
+                state = Path(path).stat()
+                found.append((state.st_mtime_ns, state.st_size, state.st_ino))
+        return found
+
+    def changed(self) -> bool:
+        """Whether there is something new since the last time that this was so."""
+        before, self._seen = self._seen, self._look()
+        if self._seen != before or self._seen == self._taken:
+            return False
+        self._taken = self._seen
+        return True
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run the proxy until it is told to stop; returns the exit code."""
+    given = dict(os.environ)
+    watch = Watch(arguments.config) if arguments.watch else None  # from before the first reading on
     config = load_config(arguments.config)
+    apply_environment(config)
     settings = settle(arguments, config)
-    as_json = arguments.log_json or not sys.stderr.isatty()
-    if arguments.log_level not in LEVELS:  # argparse does not check a default
-        raise StartError(f"LOG_LEVEL must be one of {', '.join(LEVELS)}, not {arguments.log_level!r}")
-    level = getattr(logging, arguments.log_level)
-    redact = Redactor(config.secrets | environment_secrets())
-    log = Log(sys.stderr, as_json=as_json, redact=redact, level=level, file=arguments.log_file)
+    refuse_open_bind(settings, config)
+    log = make_log(arguments, config)
     for warning in config.warnings:
         log.event("WARNING", "config", "warning", message=str(warning))
-    refuse_open_bind(settings, config)
-    signals = Signals(signal.SIGTERM, signal.SIGINT)
-    program = Program(settings, config, log, stopped=lambda: signals.came)
-    try:
-        program.start()
-        plain = sys.stdout.isatty() and not arguments.log_json
-        guide = Log(sys.stdout, as_json=True, redact=log.redact)
-        for line in program.guide() if not signals.came else ():
-            print(line, flush=True) if plain else guide.event("INFO", "guide", "start", message=line)
-        signals.wait()
-        log.event("INFO", "program", "stopping")
-    finally:
-        program.stop()
+    signals = Signals()
+    with PidFile(config.path, log) as pid_file:
+        program = Program(settings, config, given, log, lambda: signals.stop, pid_file.publish)
+        try:
+            program.start()
+            if not signals.stop:
+                show_guide(program, log, plain=sys.stdout.isatty() and not arguments.log_json)
+            while not signals.stop:
+                signals.wait(WATCH_SECONDS if watch else None)
+                if signals.reload or (watch and watch.changed()):
+                    signals.reload = False
+                    program.reload()
+            log.event("INFO", "program", "stopping")
+        finally:
+            program.stop()
     return 0
 
 
-def environment_secrets() -> frozenset[str]:
-    """The values of environment variables whose names say that they are secret."""
-    return frozenset(v for k, v in os.environ.items() if SECRET_KEY.search(k) and len(v) >= MIN_SECRET_LENGTH)
+def make_log(arguments: argparse.Namespace, config: Config) -> Log:
+    """The program's log on standard error."""
+    if arguments.log_level not in LEVELS:  # argparse does not check a default
+        raise StartError(f"LOG_LEVEL must be one of {', '.join(LEVELS)}, not {arguments.log_level!r}")
+    level = getattr(logging, arguments.log_level)
+    as_json = arguments.log_json or not sys.stderr.isatty()
+    redact = Redactor(config.secrets | environment_secrets())
+    return Log(sys.stderr, as_json=as_json, redact=redact, level=level, file=arguments.log_file)
+
+
+def show_guide(program: Program, log: Log, *, plain: bool) -> None:
+    """What to do next, on standard output."""
+    guide = Log(sys.stdout, as_json=True, redact=log.redact)
+    for line in program.guide():
+        print(line, flush=True) if plain else guide.event("INFO", "guide", "start", message=line)
+
+
+def move_traffic(arguments: argparse.Namespace, use_sdk: bool) -> int:
+    """Move the main port of the running proxy to a side, and wait until it is there; returns 1 where it is not."""
+    path, wanted = arguments.config, "sdk" if use_sdk else "binary"
+    before = running_proxy(path)
+    set_use_sdk(path, use_sdk)
+    print(f"{path}: use_sdk_proxy is {str(use_sdk).lower()}")
+    if before is None:
+        print("no proxy runs with this config: it counts at the next start")
+        return 1
+    pid, status = before
+    os.kill(pid, signal.SIGHUP)
+    now = await_load(path, status["loads"])
+    for problem in now["problems"]:
+        print(f"error: the proxy (pid {pid}) stays as it is: {problem}")
+    for url, side in now["serving"].items():
+        print(f"{url}: {side} serves")
+    moved = next(iter(now["serving"].values()), "") == wanted
+    if not (moved or now["problems"]):
+        print(f"error: the proxy (pid {pid}) has no such second side: start it with --mode both")
+    return 0 if moved and not now["problems"] else 1
+
+
+def await_load(path: str, loads: int) -> dict[str, Any]:
+    """The status of the running proxy after one more reading of its config; raises StartError where there is none."""
+    began = shown = time.monotonic()
+    while time.monotonic() - began < CHILD_READY_SECONDS + CHILD_STOP_SECONDS:
+        found = running_proxy(path)
+        if found is None:
+            raise StartError("the proxy has stopped")
+        if found[1]["loads"] > loads:
+            return found[1]
+        if time.monotonic() - shown > 2:
+            shown = time.monotonic()
+            print(f"waiting for the proxy ({shown - began:.0f} s)", file=sys.stderr)
+        time.sleep(0.02)
+    raise StartError("the proxy did not switch; its log says why")
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -4470,7 +5235,12 @@ def check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {"serve": serve, "check": check}
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "serve": serve,
+    "check": check,
+    "cutover": partial(move_traffic, use_sdk=True),
+    "rollback": partial(move_traffic, use_sdk=False),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -545,7 +545,7 @@ def test_each_room_uses_only_rooms_above_it() -> None:
 
     upward = {(name.id, name.lineno) for name in runtime_names(tree) if defined.get(name.id, 0) > room(name.lineno)}
     assert not upward
-    assert len(heads) == 13
+    assert len(heads) == 16
 
 
 def test_litellm_and_httpx_are_imported_only_where_they_are_used() -> None:
@@ -893,6 +893,51 @@ def test_a_log_file_has_json_lines_without_secrets_and_is_rotated(tmp_path: Path
     assert len(lines) == 13 and {line["key"] for line in lines} == {"[redacted]"}
     with pytest.raises(proxy.StartError, match="--log-file"):
         proxy.Log(sys.stderr, as_json=False, redact=proxy.Redactor(), file=str(tmp_path / "none" / "x"))
+
+
+# ── circuit breaker ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_circuit_breakers_whole_life() -> None:
+    now = [0.0]
+    changes: list[str] = []
+    breaker = proxy.CircuitBreaker(lambda old, new: changes.append(f"{old.name}>{new.name}"), lambda: now[0])
+    breaker.configure(3, 30.0)
+
+    def report(*results: bool | None) -> None:
+        for worked in results:
+            breaker.report(breaker.ticket(), worked)
+
+    report(False, False, True, False, None, False)  # a success begins the row anew, neither does nothing
+    assert breaker.state is proxy.State.CLOSED and breaker.failures == 2
+    late = breaker.ticket()
+    report(False)
+    assert breaker.state is proxy.State.OPEN and breaker.ticket() is None
+    breaker.report(late, True)  # begun before it opened: says nothing of now
+    now[0] = 29.9
+    assert breaker.ticket() is None
+    now[0] = 30.0
+    probe = breaker.ticket()
+    assert probe is not None and breaker.ticket() is None, "one probe at a time"
+    breaker.report(probe, None)  # it has shown nothing: the next may try at once
+    report(False)
+    assert breaker.state is proxy.State.OPEN and breaker.ticket() is None
+    now[0] = 60.0
+    report(True)
+    assert breaker.state is proxy.State.CLOSED and (breaker.failures, breaker.trips) == (0, 1)
+    report(False, False)
+    assert breaker.state is proxy.State.CLOSED
+    assert changes == ["CLOSED>OPEN", "OPEN>HALF_OPEN", "HALF_OPEN>OPEN", "OPEN>HALF_OPEN", "HALF_OPEN>CLOSED"]
+
+
+def test_the_circuit_breaker_lets_one_of_many_threads_probe() -> None:
+    breaker = proxy.CircuitBreaker()
+    breaker.configure(1, 0.001)
+    breaker.report(breaker.ticket(), False)
+    time.sleep(0.01)
+    with ThreadPoolExecutor(16) as pool:
+        tickets = list(pool.map(lambda _: breaker.ticket(), range(200)))
+    assert sum(ticket is not None for ticket in tickets) == 1
 
 
 # ── wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2483,6 +2528,183 @@ def refuses_connections(port: int | str) -> bool:
     return False
 
 
+# ── failover ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Pair:
+    """A proxy with an SDK side, whose provider is ``first``, and a binary side, played by ``second``."""
+
+    proxy: Proxy
+    first: Provider
+    second: Provider
+
+    def breaker(self) -> dict[str, Any]:
+        health = self.proxy.client.get("/health")
+        assert health.status_code == 200
+        row: dict[str, Any] = health.json()["checks"]["circuit_breaker"]
+        assert health.json()["status"] == row["status"]
+        return row
+
+
+@contextlib.contextmanager
+def pair(*arguments: str, breaker: dict[str, Any] | None = None, **sections: Any) -> Iterator[Pair]:
+    first, second = Provider(), Provider()
+    general = {"forward_client_headers_to_llm_api": True, "experimental": {"circuit_breaker": breaker or {}}}
+    config = config_for(first, general_settings=general, **sections)
+    running = Proxy(config, "--mode", "sdk", "--litellm-url", second.url, *arguments)
+    try:
+        yield Pair(running, first, second)
+    finally:
+        assert running.stop() == 0
+        assert "Traceback (most" not in running.output
+
+
+def hang_up(_got: Got) -> Reply:
+    """The provider closes the connection without a word."""
+    raise ConnectionResetError
+
+
+def status_reply(status: int) -> Callable[[Got], Reply]:
+    return lambda _got: Reply(b'{"error": {"message": "as scripted", "type": "t"}}', status)
+
+
+@pytest.fixture(scope="module")
+def failing_pair() -> Iterator[Pair]:
+    """A pair whose breaker does not open during the tests that share it."""
+    with pair(breaker={"failure_threshold": 1000}) as made:
+        yield made
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "name"), DIALECTS)
+def test_what_fails_on_the_sdks_side_is_repeated_on_the_binary_side(
+    failing_pair: Pair, path: str, name: str, stream: bool
+) -> None:
+    failing_pair.first.script = hang_up
+    failing_pair.second.script = usual_answer
+    failing_pair.second.got.clear()
+    answer = failing_pair.proxy.post(path, body_for(path, name, stream=stream), headers={"user-agent": "claude-cli/2"})
+    assert answer.status_code == 200 and answer.headers["x-proxy-backend"] == "binary"
+    got = failing_pair.second.wait_for(1)
+    assert (got.path, got.body["model"], got.header("x-sm-user-id")) == (path, name, "claude-code")
+    assert len(failing_pair.second.got) == 1
+    assert log_line(failing_pair.proxy, answer.headers["x-request-id"])["event"] == "repeated"
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 429, 500, 502, 503, 529])
+def test_a_providers_own_error_is_not_repeated_and_does_not_count(failing_pair: Pair, status: int) -> None:
+    failing_pair.first.script = status_reply(status)
+    failing_pair.second.got.clear()
+    before = failing_pair.breaker()["failures"]
+    answer = failing_pair.proxy.chat()
+    assert (answer.status_code, answer.headers["x-proxy-backend"]) == (status, "sdk")
+    assert "as scripted" in answer.text and not failing_pair.second.got
+    assert failing_pair.breaker()["failures"] in (0, before)
+
+
+def test_bad_requests_and_clients_that_leave_do_not_count(failing_pair: Pair) -> None:
+    failing_pair.second.got.clear()
+    before = failing_pair.breaker()["failures"]
+    assert failing_pair.proxy.chat("no-such-model").status_code in (400, 404)
+    assert failing_pair.proxy.post(CHAT, {"model": "gpt"}).status_code == 400
+    failing_pair.first.got.clear()
+    check_hang_up(failing_pair.proxy, failing_pair.first, CHAT, chat_body(), "whole")
+    assert failing_pair.breaker()["failures"] == before and not failing_pair.second.got
+
+
+def test_nothing_is_repeated_after_the_first_byte(failing_pair: Pair) -> None:
+    failing_pair.first.script = lambda _got: Reply(parts=openai_stream(["a", "b"])[:2], headers=SSE, cut=True)
+    failing_pair.second.got.clear()
+    before = failing_pair.breaker()["failures"]
+    answer = failing_pair.proxy.chat(stream=True)
+    assert answer.status_code == 200 and '"error"' in answer.text and not failing_pair.second.got
+    assert failing_pair.breaker()["failures"] in (0, before)
+
+
+def test_a_request_that_neither_side_can_serve_has_the_sdks_error(failing_pair: Pair) -> None:
+    failing_pair.first.script = hang_up
+    failing_pair.second.script = status_reply(500)
+    answer = failing_pair.proxy.chat()
+    assert (answer.status_code, answer.headers["x-proxy-backend"]) == (502, "sdk")
+    assert "could not be reached" in answer.json()["error"]["message"]
+    failing_pair.second.script = status_reply(429)  # a provider's word from the other side is better than none
+    answer = failing_pair.proxy.chat()
+    assert (answer.status_code, answer.headers["x-proxy-backend"]) == (429, "binary")
+    wait_until(lambda: samples_of(failing_pair.proxy)['memory_proxy_pool_connections{state="busy"}'] == 0)
+
+
+def samples_of(running: Proxy) -> dict[str, float]:
+    """The metrics by their lines' first part."""
+    lines = running.client.get("/metrics").text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def test_the_breaker_opens_and_closes_again() -> None:
+    with pair(breaker={"failure_threshold": 3, "reset_seconds": 1}) as both:
+        both.first.script = hang_up
+        for failures in (1, 2, 3):
+            assert both.proxy.chat().headers["x-proxy-backend"] == "binary"
+            assert both.breaker()["failures"] == failures
+        opened = time.monotonic()
+        both.first.got.clear()
+        assert both.breaker() == {"status": "degraded", "state": "open", "failures": 3, "trips": 1}
+        assert both.proxy.chat().headers["x-proxy-backend"] == "binary"
+        assert not both.first.got or time.monotonic() - opened > 1, "an open breaker spares the vain try"
+        figures = samples_of(both.proxy)
+        assert figures["memory_proxy_circuit_breaker_state"] == 2
+        assert figures["memory_proxy_circuit_breaker_trips_total"] == 1
+        time.sleep(1.1)
+        assert both.proxy.chat().headers["x-proxy-backend"] == "binary" and len(both.first.got) >= 1  # a vain probe
+        assert both.breaker()["state"] == "open"
+        both.first.script = usual_answer
+        time.sleep(1.1)
+        assert both.proxy.client.get("/v1/models").status_code == 200  # reaches no provider, and so proves nothing
+        assert both.breaker()["state"] in ("open", "half_open")
+        assert both.proxy.chat().headers["x-proxy-backend"] == "sdk"
+        assert both.breaker() == {"status": "healthy", "state": "closed", "failures": 0, "trips": 1}
+        said = [json.loads(line) for line in both.proxy.lines if '"circuit_breaker"' in line]
+        assert [(line["level"], line["state"]) for line in said if line["level"] == "CRITICAL"] == [
+            ("CRITICAL", "open")
+        ]
+        assert said[-1]["state"] == "closed"
+
+
+def test_the_breaker_never_stands_before_the_only_way_to_a_model() -> None:
+    with pair(breaker={"failure_threshold": 1, "reset_seconds": 600}) as both:
+        both.first.script = hang_up
+        both.second.script = lambda got: Reply(usual_answer(got).body, headers={"connection": "close"})
+        assert both.proxy.chat().headers["x-proxy-backend"] == "binary"
+        assert both.breaker()["state"] == "open"
+        both.second.server.shutdown()
+        both.second.server.server_close()
+        both.first.script = usual_answer
+        answer = both.proxy.chat(headers={"connection": "close"})
+        assert (answer.status_code, answer.headers["x-proxy-backend"]) == (200, "sdk")
+        health = both.proxy.client.get("/health")
+        assert health.status_code == 200
+        assert health.json()["checks"]["litellm_server"]["status"] == "degraded"
+
+
+def test_without_a_binary_side_there_is_no_breaker(sdk: Proxy) -> None:
+    for _ in range(7):
+        assert sdk.chat("refused").status_code == 502
+    assert "circuit_breaker" not in sdk.client.get("/health").json()["checks"]
+    assert sdk.chat().headers["x-proxy-backend"] == "sdk"
+
+
+def test_a_server_that_cannot_be_reached_is_unhealthy_until_it_can(shared_provider: Provider) -> None:
+    port = free_port()
+    running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", f"http://127.0.0.1:{port}")
+    answer = running.chat()
+    assert (answer.status_code, answer.headers["x-proxy-backend"]) == (503, "binary") and answer.headers["retry-after"]
+    health = running.client.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "unhealthy")
+    with socket.create_server(("127.0.0.1", port)):
+        wait_until(lambda: running.client.get("/health").status_code == 200)
+    assert running.stop() == 0
+
+
 # ── application ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -2749,6 +2971,326 @@ def test_threads_and_descriptors_come_back(sdk: Proxy, provider: Provider) -> No
         threads, descriptors = counts()
         assert set(pool.map(one, range(120))) == {200}
     wait_until(lambda: counts()[0] <= threads + 2 and counts()[1] <= descriptors + 40)
+
+
+# ── program ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def experimental(**settings: Any) -> dict[str, Any]:
+    return {"forward_client_headers_to_llm_api": True, "experimental": settings}
+
+
+def rewrite(running: Proxy, change: Callable[[dict[str, Any]], Any] | str) -> None:
+    """Change the config of a running proxy."""
+    if callable(change):
+        document = yaml.safe_load(running.config.read_text())
+        change(document)
+        change = yaml.safe_dump(document, sort_keys=False)
+    running.config.write_text(change)
+
+
+def reload(running: Proxy, change: Callable[[dict[str, Any]], Any] | str, event: str = "reloaded") -> None:
+    """Change the config, send SIGHUP, and wait for the word of it in the log."""
+    count = running.output.count(f'"event": "{event}"')
+    rewrite(running, change)
+    running.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: running.output.count(f'"event": "{event}"') > count)
+
+
+def test_a_new_config_is_taken_over_by_the_next_request(shared_provider: Provider, provider: Provider) -> None:
+    running = Proxy(config_for(shared_provider, litellm_settings={"drop_params": True}), "--mode", "sdk")
+    env_file = running.config.with_name(".env")
+    assert running.chat(seed=[1]).status_code == 200
+    assert provider.last.header("authorization") == f"Bearer {PROVIDER_KEY}"
+
+    def change(document: dict[str, Any]) -> None:
+        document["model_list"][0]["litellm_params"].update(api_key="os.environ/NEW_KEY", model="openai/gpt-new")
+        document["model_list"].append(model("added", "openai/gpt-added", f"{provider.url}/v1"))
+        document["model_list"] = [entry for entry in document["model_list"] if entry["model_name"] != "demo"]
+        document["user_id_mappings"]["header_patterns"][0]["user_id"] = "renamed"
+        document["user_id_mappings"]["default_user_id"] = "someone"
+        document["general_settings"]["master_key"] = "sk-a-new-master-key"
+
+    env_file.write_text("NEW_KEY=key-out-of-dotenv-1\n")
+    reload(running, change)
+    running.client.headers["authorization"] = "Bearer sk-a-new-master-key"
+    assert running.chat(headers={"user-agent": "claude-cli/2"}).status_code == 200
+    assert provider.last.header("authorization") == "Bearer key-out-of-dotenv-1"
+    assert (provider.last.body["model"], provider.last.header("x-sm-user-id")) == ("gpt-new", "renamed")
+    assert running.chat("added").status_code == 200 and provider.last.header("x-sm-user-id") == "someone"
+    assert running.chat("demo").status_code in (400, 404)
+    assert running.chat(headers={"authorization": "Bearer wrong"}).status_code == 401
+    listed = {row["id"] for row in running.client.get("/v1/models").json()["data"]}
+    assert listed == {"gpt", "claude", "added"}
+    env_file.write_text("NEW_KEY=key-out-of-dotenv-2\n")
+    reload(running, lambda document: document["litellm_settings"].clear())
+    assert running.chat().status_code == 200 and provider.last.header("authorization") == "Bearer key-out-of-dotenv-2"
+    assert running.stop() == 0
+    assert "key-out-of-dotenv" not in running.output and "sk-a-new" not in running.output
+
+
+def test_a_bad_config_changes_nothing_and_says_why(shared_provider: Provider, provider: Provider) -> None:
+    running = Proxy(config_for(shared_provider), "--mode", "sdk")
+
+    def spoil(document: dict[str, Any]) -> None:
+        document["model_list"].append({"model_name": "x"})
+        document["user_id_mappings"]["header_patterns"][1]["pattern"] = "("
+        document["user_id_mappings"]["default_user_id"] = "elsewhere"
+
+    good = running.config.read_text()
+    strange = yaml.safe_dump({**yaml.safe_load(good), "router_settings": {"routing_strategy": "no-such"}})
+    for bad, said in (
+        (spoil, ["model_list[3].litellm_params", "user_id_mappings.header_patterns[1].pattern"]),
+        ("model_list: [", ["YAML"]),
+        (strange, ["LiteLLM refuses this config"]),
+    ):
+        reload(running, bad, "refused")
+        wait_until(lambda said=said: all(part in running.output for part in said))
+        assert running.chat().status_code == 200 and provider.last.header("x-sm-user-id") == "default-dev"
+        running.config.write_text(good)
+    reload(running, good)
+    assert running.chat().status_code == 200
+    assert running.stop() == 0
+    assert "Traceback" not in running.output
+
+
+def test_requests_under_way_end_under_the_old_config(shared_provider: Provider, provider: Provider) -> None:
+    running = Proxy(config_for(shared_provider), "--mode", "sdk")
+    provider.script = lambda _got: Reply(parts=openai_stream(["word "] * 30), headers=SSE, pause=0.05)
+    with running.client.stream("POST", CHAT, json={**chat_body(), "stream": True}) as response:
+        pieces = response.iter_raw()
+        data = next(pieces)
+        reload(running, lambda document: document["model_list"].pop(0))
+        provider.script = usual_answer
+        assert running.chat().status_code in (400, 404), "the model is gone"
+        data += b"".join(pieces)
+    assert data.count(b"word ") == 30 and data.endswith(b"data: [DONE]\n\n")
+    assert running.stop() == 0
+
+
+class Load:
+    """Requests at a steady rate from threads of their own; ``failed`` has what went wrong."""
+
+    def __init__(self, running: Proxy, rate: float = 50, **options: Any) -> None:
+        self.failed: list[str] = []
+        self.sides: list[str] = []
+        self._running, self._rate, self._options = running, rate, options
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(32)
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        number = 0
+        while not self._stop.wait(1 / self._rate):
+            self._pool.submit(self._one, stream=number % 2 == 0)
+            number += 1
+
+    def _one(self, stream: bool) -> None:
+        try:
+            answer = self._running.chat(stream=stream, **self._options)
+            if answer.status_code != 200 or (stream and not answer.text.endswith("data: [DONE]\n\n")):
+                self.failed.append(f"{answer.status_code} {answer.text[-200:]}")
+            self.sides.append(answer.headers["x-proxy-backend"])
+        except httpx.HTTPError as error:
+            self.failed.append(repr(error))
+
+    def wait_for(self, side: str) -> None:
+        """Until five answers in a row came from this side."""
+        wait_until(lambda: self.sides[-5:] == [side] * 5)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._pool.shutdown()
+
+
+def test_a_live_switch_there_and_back_fails_no_request(shared_provider: Provider, provider: Provider) -> None:
+    config = config_for(shared_provider, general_settings=experimental(use_sdk_proxy=False))
+    running = Proxy(config, "--mode", "both", "--sdk-port", "0", "--litellm-url", provider.url)
+    provider.script = lambda got: Reply(
+        parts=openai_stream(["a", "b"]) if got.body.get("stream") else None,
+        body=b"" if got.body.get("stream") else usual_answer(got).body,
+        headers=SSE if got.body.get("stream") else {},
+        pause=0.02,
+    )
+
+    def use_sdk(value: bool) -> None:
+        set_to = lambda document: document["general_settings"]["experimental"].update(use_sdk_proxy=value)  # noqa: E731
+        reload(running, set_to)
+
+    with Load(running) as load:
+        load.wait_for("binary")
+        for value, side in ((True, "sdk"), (False, "binary"), (True, "sdk"), (False, "binary")):
+            use_sdk(value)
+            load.wait_for(side)
+    assert not load.failed and len(load.sides) > 50
+    assert running.stop() == 0
+
+
+def test_a_pattern_moves_one_client_to_the_other_side(shared_provider: Provider, provider: Provider) -> None:
+    config = config_for(shared_provider)
+    config["user_id_mappings"]["header_patterns"][0]["mode"] = "sdk"
+    running = Proxy(config, "--mode", "both", "--sdk-port", "0", "--litellm-url", provider.url)
+    moved, stays = {"user-agent": "claude-cli/2"}, {"user-agent": "other"}
+    assert running.chat(headers=moved).headers["x-proxy-backend"] == "sdk"
+    assert running.chat(headers=stays).headers["x-proxy-backend"] == "binary"
+    reload(running, lambda document: document["user_id_mappings"]["header_patterns"][0].update(mode="binary"))
+    assert running.chat(headers=moved).headers["x-proxy-backend"] == "binary"
+    assert running.stop() == 0
+
+
+def command(running: Proxy, name: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(MODULE), name, "--config", str(running.config)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, env=clean_environment())
+
+
+def test_cutover_and_rollback_move_the_running_proxy(shared_provider: Provider, provider: Provider) -> None:
+    running = Proxy(config_for(shared_provider), "--mode", "both", "--sdk-port", "0", "--litellm-url", provider.url)
+    running.config.write_text("# first\n" + running.config.read_text() + "# last\n")
+    pid_file = Path(f"{running.config}.pid")
+    assert int(pid_file.read_text()) == running.process.pid
+    with Load(running) as load:
+        for name, side in (("cutover", "sdk"), ("rollback", "binary"), ("cutover", "sdk"), ("cutover", "sdk")):
+            done = command(running, name)
+            assert done.returncode == 0, done
+            assert f"{running.url}: {side} serves" in done.stdout
+            assert running.chat().headers["x-proxy-backend"] == side
+    assert not load.failed
+    text = running.config.read_text()
+    assert text.startswith("# first\n") and text.endswith("# last\n")
+    running.config.write_text(text + "model_list: 5\n")
+    done = command(running, "rollback")
+    assert done.returncode == 1 and "model_list" in done.stdout and f"{running.url}: sdk serves" in done.stdout
+    assert running.stop() == 0
+    assert not pid_file.exists() and not Path(f"{running.config}.status").exists()
+
+
+def test_rollback_tells_where_there_is_nothing_to_move(shared_provider: Provider) -> None:
+    running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", shared_provider.url)
+    done = command(running, "cutover")
+    assert done.returncode == 1 and "--mode both" in done.stdout and f"{running.url}: binary serves" in done.stdout
+    running.process.kill()
+    running.process.wait()
+    assert Path(f"{running.config}.pid").exists()
+    done = command(running, "cutover")  # a number in a file is no running proxy
+    assert done.returncode == 1 and "no proxy runs" in done.stdout
+    running.stop()
+
+
+def test_a_second_proxy_with_one_config_leaves_the_first_its_pid_file(shared_provider: Provider) -> None:
+    first = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", shared_provider.url)
+    line = [sys.executable, str(MODULE), "--config", str(first.config), "--port", "0", "--mode", "binary"]
+    with subprocess.Popen(
+        [*line, "--litellm-url", shared_provider.url], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as second:
+        assert second.stdout
+        before_ready = list(iter(lambda: second.stdout.readline()[:6], "ready:"))  # type: ignore[union-attr]
+        assert before_ready
+        assert int(Path(f"{first.config}.pid").read_text()) == first.process.pid
+        second.terminate()
+    assert int(Path(f"{first.config}.pid").read_text()) == first.process.pid
+    assert first.stop() == 0
+
+
+def test_watch_takes_over_a_changed_config_by_itself(shared_provider: Provider, provider: Provider) -> None:
+    running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", provider.url, "--watch")
+    rewrite(running, lambda document: document["user_id_mappings"].update(default_user_id="watched"))
+
+    def injected() -> str | None:
+        running.chat()
+        return provider.last.header("x-sm-user-id")
+
+    wait_until(lambda: injected() == "watched")
+    rewrite(running, "model_list: [")
+    wait_until(lambda: '"event": "refused"' in running.output)
+    assert injected() == "watched"
+    assert running.stop() == 0
+
+
+USE_SDK_TEXTS = {
+    "model_list: []\n": "model_list: []\ngeneral_settings:\n  experimental:\n    use_sdk_proxy: true\n",
+    "a: 1": "a: 1\ngeneral_settings:\n  experimental:\n    use_sdk_proxy: true\n",
+    "general_settings: # g\n    x: 1 # x\nb: 2\n": "general_settings: # g\n    experimental:\n"
+    "      use_sdk_proxy: true\n    x: 1 # x\nb: 2\n",
+    "general_settings:\n": "general_settings:\n  experimental:\n    use_sdk_proxy: true\n",
+    "general_settings:\n  experimental:\n    a: 1\n": "general_settings:\n  experimental:\n"
+    "    use_sdk_proxy: true\n    a: 1\n",
+    "general_settings:\n  experimental:\n    use_sdk_proxy:   false   # why\n": "general_settings:\n  experimental:\n"
+    "    use_sdk_proxy:   true   # why\n",
+    "general_settings: {}\n": "general_settings: {experimental: {use_sdk_proxy: true}}\n",
+    "general_settings: {a: 1}\n": "general_settings: {experimental: {use_sdk_proxy: true}, a: 1}\n",
+    "general_settings: {experimental: {use_sdk_proxy: false, b: 2}}": "general_settings: {experimental: "
+    "{use_sdk_proxy: true, b: 2}}",
+    "x: ü # ü\r\ngeneral_settings:\r\n  a: 1\r\n": "x: ü # ü\r\ngeneral_settings:\r\n  experimental:\r\n"
+    "    use_sdk_proxy: true\r\n  a: 1\r\n",
+    '"general_settings":\n  "experimental":\n    "use_sdk_proxy": os.environ/X\n': '"general_settings":\n'
+    '  "experimental":\n    "use_sdk_proxy": true\n',
+}
+
+
+@pytest.mark.parametrize(("before", "after"), USE_SDK_TEXTS.items())
+def test_the_switch_changes_one_line_and_keeps_the_rest(tmp_path: Path, before: str, after: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(before.encode())
+    path.chmod(0o640)
+    proxy.set_use_sdk(str(path), True)
+    assert path.read_bytes().decode() == after
+    assert path.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "general_settings: null\n",
+        "x: &a false\ngeneral_settings: {experimental: {use_sdk_proxy: *a}}\n",
+        "general_settings: 5\n",
+        "general_settings:\n  experimental: [1]\n",
+        "include: [other.yaml]\n",
+    ],
+)
+def test_a_config_that_cannot_be_changed_safely_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    (tmp_path / "other.yaml").write_text("general_settings: {a: 1}\n")
+    with pytest.raises(proxy.StartError, match=r"config.yaml: "):
+        proxy.set_use_sdk(str(path), True)
+    assert path.read_text() == text and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_new_litellm_server_takes_over_without_a_gap(shared_provider: Provider, provider: Provider) -> None:
+    running = Proxy(
+        config_for(shared_provider), "--mode", "both", "--sdk-port", "0", "--litellm-port", str(free_port())
+    )
+    old = server_pid(running)
+    with Load(running, rate=5) as load:
+        load.wait_for("binary")
+        added = model("added", "openai/gpt-added", f"{provider.url}/v1")
+        rewrite(running, lambda document: document["model_list"].append(added))
+        running.process.send_signal(signal.SIGHUP)
+        sdk_url = running.ready()[1]
+        ask = lambda url: httpx.post(f"{url}{CHAT}", json=chat_body("added"), trust_env=False).status_code  # noqa: E731
+        wait_until(lambda: ask(sdk_url) == 200, 5)
+        wait_until(lambda: '"event": "reloaded"' in running.output, 90)
+        assert ask(running.url) == 200
+        load.wait_for("binary")
+    assert not load.failed and set(load.sides) == {"binary"}
+    wait_until(lambda: not Path(f"/proc/{old}").exists(), 30)
+    assert running.stop() == 0
+
+
+def test_a_switch_to_binary_waits_for_its_server(shared_provider: Provider, provider: Provider) -> None:
+    config = config_for(shared_provider, general_settings=experimental(use_sdk_proxy=True))
+    running = Proxy(config, "--mode", "both", "--sdk-port", "0", "--litellm-port", str(free_port()))
+    with Load(running, rate=5) as load:
+        done = command(running, "rollback")  # its server is still starting
+        assert done.returncode == 0 and f"{running.url}: binary serves" in done.stdout, done
+        load.wait_for("binary")
+    assert not load.failed and load.sides[0] == "sdk"
+    assert running.stop() == 0
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
