@@ -810,6 +810,7 @@ def route_info(route: Route) -> dict[str, Any]:
 # What a key looks like where its value is not known: the name that leads to it is kept, the rest is not shown.
 KEY_SHAPES = re.compile(
     r"""(?i)(\bbearer\s+|\b(?:[a-z-]{0,40}api[-_]key)["']?\s*[:=]\s*["']?)[^\s"',}]+|\bsk-[a-z0-9_-]{6,}"""
+    r"|(?<=://)[^\s/@]+(?=@)"  # user and password of a URL
 )
 REDACTED = "[redacted]"
 

@@ -807,6 +807,7 @@ def test_the_shipped_patterns_recognise_real_clients(agent: str, user_id: str) -
         '{"x-api-key": "abcdefgh12345"}',
         "x-supermemory-api-key=abcdefgh12345",
         "api_key='abcdefgh12345'",
+        "http://me:abcdefgh12345@host:8080/v1",
     ],
 )
 def test_secrets_are_redacted_by_value_and_by_shape(text: str) -> None:
