@@ -68,6 +68,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import string
 import subprocess
 import sys
 import threading
@@ -360,40 +361,57 @@ FRAMING_HEADERS = frozenset("connection content-length content-type host te trai
 
 MEMORY_ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 §5.1: a token
+ID_RULE = f"memory id ({MEMORY_ID.pattern})"
 MAPPING_KEYS = ("custom_header", "header_patterns", "default_user_id", "inject_header")
 PATTERN_KEYS = ("header", "pattern", "user_id")
 SECRET_KEY = re.compile(r"(?i)(api[_-]?key|master_key|secret|token|password|credential|authorization)")
 MIN_SECRET_LENGTH = 6  # shorter values ("x", "none") would be redacted out of ordinary words
+MAX_VALUES = 1_000_000  # of a config with its YAML aliases written out; ten lines of aliases can be 10 ** 10 values
+MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in the config: ``where`` is its key path; a warning does not stop the start."""
+    """One thing wrong in the config: ``where`` is its key path; a warning does not stop the start.
+
+    ``line`` counts from 1; what stands nowhere in a file (one that is missing) has none.
+    """
 
     where: str
     message: str
     warning: bool = False
+    file: str = ""
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Its file, line and key path, as far as it has them."""
+        return ": ".join(filter(None, (f"{self.file}:{self.line}" if self.line else self.file, self.where)))
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return f"{self.place}: {self.message}" if self.place else self.message
 
 
 class ConfigError(StartError):
     """The config cannot be used; ``problems`` has every reason."""
 
-    def __init__(self, path: str, problems: Sequence[Problem]) -> None:
-        super().__init__(f"{path}: " + "; ".join(map(str, problems)))
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("; ".join(map(str, problems)))
         self.problems = problems
 
 
 @dataclass(frozen=True)
 class HeaderPattern:
-    """A request header whose value, where the pattern is found in it, names the memory, and the mode if it has one."""
+    """A request header whose value, where the pattern is found in it, names the memory, and the mode if it has one.
+
+    ``where`` is its key path.
+    """
 
     header: str
     pattern: str
     user_id: str
     regex: re.Pattern[str]
+    where: str
     mode: str | None = None
 
 
@@ -455,6 +473,19 @@ class Config:
         return float(configured or self.section("router_settings").get("timeout") or REQUEST_SECONDS)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A config as far as it could be read; where a problem is no mere warning, ``config`` is only to be looked at.
+
+    ``deployments`` are (name, what it calls, whether its keys are there); ``root`` knows the lines (see `locate`).
+    """
+
+    config: Config
+    problems: tuple[Problem, ...]
+    deployments: tuple[tuple[str, str, str], ...]
+    root: yaml.MappingNode
+
+
 def load_config(path: str, environment: Mapping[str, str] | None = None) -> Config:
     """Read, resolve and validate a config file; nothing outside the result changes.
 
@@ -464,16 +495,31 @@ def load_config(path: str, environment: Mapping[str, str] | None = None) -> Conf
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or has problems that are no mere warnings.
     """
+    reading = read_config(path, environment)
+    errors = [problem for problem in reading.problems if not problem.warning]
+    if errors:
+        raise ConfigError(errors)
+    return reading.config
+
+
+def read_config(path: str, environment: Mapping[str, str] | None = None) -> Reading:
+    """Read and resolve a config file, and find every problem in it.
+
+    Raises:
+        ConfigError: the file is missing, or is no YAML mapping.
+    """
     try:
         return parse_config(path, os.environ if environment is None else environment)
     except RecursionError:
-        raise ConfigError(path, [Problem("YAML", "an alias or an include refers to itself")]) from None
+        message = "an alias or an include refers to itself, or the nesting is too deep"
+        raise ConfigError([Problem("YAML", message, file=path)]) from None
 
 
-def parse_config(path: str, given: Mapping[str, str]) -> Config:
-    """`load_config`, but for documents without an end."""
-    document = read_yaml(path)
+def parse_config(path: str, given: Mapping[str, str]) -> Reading:
+    """`read_config`, but for documents without an end."""
     problems: list[Problem] = []
+    root = read_nodes(path, problems)
+    document = values_of(root)
     environment = {**dotenv_values(), **given}
     environment.update(environment_variables(document.get("environment_variables"), environment, problems))
     missing: list[tuple[str, str]] = []
@@ -481,29 +527,36 @@ def parse_config(path: str, given: Mapping[str, str]) -> Config:
     models, missing_keys = check_models(resolved, missing, problems)
     mappings = check_mappings(resolved.get("user_id_mappings"), problems)
     check_sections(resolved, problems)
-    for where, name in missing:
-        if not where.startswith("model_list["):
-            # Without its key the proxy would stand open, which is not what a config that names one asks for.
-            harmless = where != "general_settings.master_key"
-            problems.append(Problem(where, f"{name} is not set in the environment", warning=harmless))
+    # The start names the models that lack keys in its own words: their problems are for `check` alone.
+    unset, keyless = unset_variables(missing)
+    problems.extend(unset)
+    problems.extend(repeated_deployments(document.get("model_list")))
     warn_about_headers(resolved, mappings, problems)
-    fatal = [problem for problem in problems if not problem.warning]
-    if fatal:
-        raise ConfigError(path, fatal)
-    names = tuple(dict.fromkeys(str(model["model_name"]) for model in resolved["model_list"]))
-    server_part = what_the_server_reads(resolved, environment)
-    resolved["model_list"] = models
-    return Config(
+    located = locate(problems, root)
+    rows = deployments(resolved.get("model_list"), missing)
+    config = Config(
         path=path,
-        document=resolved,
-        model_names=names,
+        document={**resolved, "model_list": models},
+        model_names=tuple(dict.fromkeys(name for name, _, _ in rows)),
         missing_keys=missing_keys,
         mappings=mappings,
-        secrets=frozenset(secrets_in(resolved)),
+        secrets=frozenset(secret for secret in secrets_in(resolved) if len(secret) >= MIN_SECRET_LENGTH),
         environment=environment,
-        server_part=server_part,
-        warnings=tuple(problem for problem in problems if problem.warning),
+        server_part=what_the_server_reads(resolved, environment),
+        warnings=tuple(problem for problem in located if problem.warning),
     )
+    return Reading(config, (*located, *locate(keyless, root)), tuple(rows), root)
+
+
+def unset_variables(missing: list[tuple[str, str]]) -> tuple[list[Problem], list[Problem]]:
+    """A problem for each variable that is not set, and apart from them those of the models."""
+    apart: tuple[list[Problem], list[Problem]] = ([], [])
+    for where, name in missing:
+        # Without its key the proxy would stand open, which is not what a config that names one asks for.
+        harmless = where != "general_settings.master_key"
+        problem = Problem(where, f"{name} is not set in the environment", warning=harmless)
+        apart[where.startswith("model_list[")].append(problem)
+    return apart
 
 
 def environment_variables(section: Any, environment: Mapping[str, str], problems: list[Problem]) -> dict[str, str]:
@@ -524,8 +577,12 @@ def dotenv_values() -> dict[str, str]:
         import dotenv
     except ImportError:
         return {}
-    values = dotenv.dotenv_values(dotenv.find_dotenv(usecwd=True))
-    return {name: value for name, value in values.items() if value is not None}
+    path = dotenv.find_dotenv(usecwd=True)
+    try:
+        values = dotenv.dotenv_values(path)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise ConfigError([Problem("", f"cannot be read: {error}", file=path)]) from None
+    return {name: value for name, value in values.items() if value is not None and "\0" not in name + value}
 
 
 def what_the_server_reads(document: Mapping[str, Any], environment: Mapping[str, str]) -> str:
@@ -534,7 +591,7 @@ def what_the_server_reads(document: Mapping[str, Any], environment: Mapping[str,
     general = kept.get("general_settings")
     if isinstance(general, dict):
         kept["general_settings"] = {key: value for key, value in general.items() if key != "experimental"}
-    return json.dumps([kept, dict(environment)], default=str)
+    return repr([kept, dict(environment)])
 
 
 def apply_environment(new: Config, old: Config | None = None) -> None:
@@ -544,34 +601,171 @@ def apply_environment(new: Config, old: Config | None = None) -> None:
     os.environ.update(new.environment)
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """A YAML mapping, with LiteLLM's ``include`` files merged in: lists are appended, other keys are set."""
+class Constructor(yaml.constructor.SafeConstructor):
+    """Makes the values of YAML nodes; raises a `yaml.YAMLError` with its line for what is no value at all."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(node, yaml.ScalarNode):
+                str(value).encode()  # half a surrogate pair, or a number of 5000 digits, would fail where it is used
+        except (ValueError, OverflowError, AttributeError, KeyError):  # the last two: !!timestamp and !!bool of a word
+            kind = str(node.tag).rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"this is no valid {kind}", node.start_mark) from None
+        return value
+
+
+def read_nodes(path: str, problems: list[Problem]) -> yaml.MappingNode:
+    """A YAML mapping, with LiteLLM's ``include`` files merged in: lists are appended, other keys are set.
+
+    What is wrong with an included file is added to the problems.
+
+    Raises:
+        ConfigError: the file itself cannot be read.
+    """
+    root, included = read_file(path, problems)
+    pairs = {str(key.value): (key, value) for key, value in root.value}
+    for name in included:
+        try:
+            more = read_nodes(str(Path(path).parent / str(name)), problems)
+        except ConfigError as error:
+            problems.extend(error.problems)
+            continue
+        for key, value in more.value:
+            there = pairs.get(str(key.value), (None, None))[1]
+            if isinstance(there, yaml.SequenceNode) and isinstance(value, yaml.SequenceNode):
+                value = yaml.SequenceNode(there.tag, there.value + value.value, there.start_mark)
+            pairs[str(key.value)] = (key, value)
+    root.value = list(pairs.values())
+    return root
+
+
+def read_file(path: str, problems: list[Problem]) -> tuple[yaml.MappingNode, list[Any]]:
+    """One file's mapping and what it includes; raises ConfigError."""
+    try:
+        loader = yaml.SafeLoader(read_text(path))
+        loader.name = path  # so that each node knows its file
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            message = "is not a YAML mapping (expected model_list: and others)"
+            raise ConfigError([Problem("", message, file=path)])
+        problems.extend(repeated_keys(root, "", set()))
+        Constructor().flatten_mapping(root)
+        include = next((pair for pair in reversed(root.value) if pair[0].value == "include"), None)
+        included = Constructor().construct_document(include[1]) if include else None
+    except yaml.YAMLError as error:
+        raise ConfigError([syntax_problem(path, error)]) from None
+    root.value = [pair for pair in root.value if pair[0].value != "include"]
+    if include and included and not isinstance(included, list):
+        line = include[0].start_mark.line + 1
+        problems.append(Problem("include", "must be a list of files", file=path, line=line))
+    return root, included if isinstance(included, list) else []
+
+
+def read_text(path: str) -> str:
+    """A file's text; raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        document = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigError(path, [Problem("file", error.strerror or str(error))]) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number out of range
-        raise ConfigError(path, [Problem("YAML", " ".join(str(error).split()))]) from None
-    if not isinstance(document, dict):
-        raise ConfigError(path, [Problem("file", "is not a YAML mapping (expected model_list: and others)")])
-    included = document.pop("include", None) or []
-    if not isinstance(included, list):
-        raise ConfigError(path, [Problem("include", "must be a list of files")])
-    for name in included:
-        for key, value in read_yaml(str(Path(path).parent / str(name))).items():
-            both_lists = isinstance(value, list) and isinstance(document.get(key), list)
-            document[key] = document[key] + value if both_lists else value
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError([Problem("YAML", "is not UTF-8", file=path, line=line)]) from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        message = getattr(error, "strerror", None) or str(error)
+        raise ConfigError([Problem("", message, file=path)]) from None
+    control = yaml.reader.Reader.NON_PRINTABLE.search(text)
+    if control:
+        line = text.count("\n", 0, control.start()) + 1
+        raise ConfigError([Problem("YAML", f"has the character U+{ord(control[0]):04X}", file=path, line=line)])
+    return text
+
+
+def syntax_problem(path: str, error: yaml.YAMLError) -> Problem:
+    """A YAML error without the piece of the file that PyYAML quotes: there may be a key in it."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return Problem("YAML", " ".join(str(error).split()), file=path)
+    mark = error.problem_mark or error.context_mark
+    said = ", ".join(filter(None, (error.context, error.problem)))
+    message = re.sub(r"(alias|anchor|tag) ['\"].*['\"]", r"\1", " ".join(said.split()))  # `password: *secret` is one
+    return Problem("YAML", message, file=mark.name if mark else path, line=mark.line + 1 if mark else None)
+
+
+def values_of(root: yaml.MappingNode) -> dict[str, Any]:
+    """The document of a YAML node; raises ConfigError."""
+    file = str(root.start_mark.name)
+    try:
+        document: dict[str, Any] = Constructor().construct_document(root)
+    except yaml.YAMLError as error:
+        raise ConfigError([syntax_problem(file, error)]) from None
+    if unfolded(document, {}) > MAX_VALUES:
+        raise ConfigError([Problem("YAML", f"its aliases unfold to more than {MAX_VALUES} values", file=file)])
     return document
+
+
+def unfolded(value: Any, sizes: dict[int, int]) -> int:
+    """How many values there are once every alias is written out; ``sizes`` are those that are known, by id."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in sizes:
+        items = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(unfolded(item, sizes) for item in items)
+    return sizes[id(value)]
+
+
+def children(node: yaml.Node, where: str) -> list[tuple[str, yaml.Node, yaml.Node]]:
+    """What a YAML mapping or list has, in the file's order: key path, the node that stands for its place, value."""
+    if isinstance(node, yaml.MappingNode):
+        return [(f"{where}.{key.value}".lstrip("."), key, value) for key, value in node.value]
+    if isinstance(node, yaml.SequenceNode):
+        return [(f"{where}[{index}]", item, item) for index, item in enumerate(node.value)]
+    return []
+
+
+def repeated_keys(node: yaml.Node, where: str, seen: set[int]) -> Iterator[Problem]:
+    """A warning for each key that stands twice in one mapping; ``seen`` are the nodes that were looked at."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    first: dict[tuple[str, str], yaml.Mark] = {}
+    for path, key, value in children(node, where):
+        mark = key.start_mark
+        before = first.setdefault((key.tag, path), mark)
+        if before is not mark and key.tag != "tag:yaml.org,2002:merge":
+            message = f"stands here again (first in line {before.line + 1}): only the last one counts"
+            yield Problem(path, message, warning=True, file=mark.name, line=mark.line + 1)
+        yield from repeated_keys(value, path, seen)
+
+
+def places(node: yaml.Node, where: str = "") -> Iterator[tuple[str, yaml.Mark]]:
+    """The place of each key path under a YAML node; of a key that stands twice the last one's, whose value counts."""
+    for path, (key, value) in {path: (key, value) for path, key, value in children(node, where)}.items():
+        yield path, key.start_mark
+        yield from places(value, path)
+
+
+def locate(problems: Iterable[Problem], root: yaml.MappingNode) -> list[Problem]:
+    """The problems with file and line; one about a key that is not there has those of what it is missing from."""
+    found: dict[str, yaml.Mark] = {}
+
+    def located(problem: Problem) -> Problem:
+        if problem.file:
+            return problem
+        found.update(() if found else places(root))
+        where = problem.where
+        while where and where not in found:
+            where = re.sub(r"(^|\.|\[)[^.\[]*$", "", where)
+        mark = found.get(where, root.start_mark)
+        return replace(problem, file=mark.name, line=mark.line + 1)
+
+    return [located(problem) for problem in problems]
 
 
 def included_files(path: str) -> list[str]:
     """The files that a config includes, directly; [] where it cannot be read."""
     try:
-        included = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("include")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return [str(Path(path).parent / str(name)) for name in read_file(path, [])[1]]
+    except (ConfigError, RecursionError):
         return []
-    return [str(Path(path).parent / str(name)) for name in included] if isinstance(included, list) else []
 
 
 def resolve(value: Any, where: str, environment: Mapping[str, str], missing: list[tuple[str, str]]) -> Any:
@@ -617,6 +811,36 @@ def check_models(
     return usable, {name: " and ".join(dict.fromkeys(keys)) for name, keys in lacking.items() if name not in served}
 
 
+def deployments(entries: Any, missing: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """For each deployment that has a name and a model: both, and whether its keys are there."""
+    rows: list[tuple[str, str, str]] = []
+    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+        where = f"model_list[{index}]"
+        if model_problems(entry, where):
+            continue
+        names = dict.fromkeys(name for path, name in missing if path.startswith(f"{where}."))
+        # Which keys LiteLLM finds in the environment by itself, only LiteLLM knows.
+        there = "present" if any(secrets_in(entry["litellm_params"])) else "none named"
+        key = f"missing: set {' and '.join(names)}" if names else there
+        rows.append((entry["model_name"], entry["litellm_params"]["model"], key))
+    return rows
+
+
+def repeated_deployments(entries: Any) -> list[Problem]:
+    """A warning for each deployment that is there already; equal names alone are LiteLLM's load balancing."""
+    problems: list[Problem] = []
+    seen: list[tuple[str, Any]] = []
+    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+        if model_problems(entry, ""):
+            continue
+        where, what = f"model_list[{index}]", (entry["model_name"], entry["litellm_params"])
+        same = next((earlier for earlier, other in seen if other == what), None)
+        if same:
+            problems.append(Problem(where, f"is the same deployment as {same}", warning=True))
+        seen.append((where, what))
+    return problems
+
+
 def model_problems(entry: Any, where: str) -> list[Problem]:
     """What is wrong with one entry of model_list."""
     if not isinstance(entry, dict):
@@ -632,61 +856,88 @@ def model_problems(entry: Any, where: str) -> list[Problem]:
 
 
 def check_mappings(section: Any, problems: list[Problem]) -> Mappings:
-    """``user_id_mappings``, checked; what is absent has the default of `Mappings`."""
+    """``user_id_mappings``, checked; what is absent or wrong has the default of `Mappings`."""
     where = "user_id_mappings"
-    if section is None:
-        return Mappings()
     if not isinstance(section, dict):
-        problems.append(Problem(where, "must be a mapping"))
+        problems.extend([Problem(where, f"must be a mapping, not {shown(section)}")] if section is not None else ())
         return Mappings()
     problems.extend(unknown_keys(section, MAPPING_KEYS, where))
     values = {key: section[key] for key in ("custom_header", "default_user_id", "inject_header") if key in section}
-    for key in ("custom_header", "inject_header"):
-        value = values.get(key, "-")
-        if not (isinstance(value, str) and FIELD_NAME.fullmatch(value)) and not (key == "custom_header" and not value):
-            problems.append(Problem(f"{where}.{key}", f"must be a header name, not {value!r}"))
-        elif str(value).lower() in FRAMING_HEADERS:
-            problems.append(Problem(f"{where}.{key}", f"cannot be {value}, which HTTP itself needs"))
-    names = {key: str(values.get(key, getattr(Mappings(), key))).lower() for key in ("custom_header", "inject_header")}
-    if names["custom_header"] == names["inject_header"]:
-        problems.append(Problem(f"{where}.custom_header", "must differ from inject_header"))
-    default = values.get("default_user_id", "-")
-    if not (isinstance(default, str) and MEMORY_ID.fullmatch(default)):
-        problems.append(Problem(f"{where}.default_user_id", f"must be a memory id ({MEMORY_ID.pattern}): {default!r}"))
+    wrong = mapping_problems(values)
+    problems.extend(Problem(f"{where}.{key}", message) for key, message in wrong.items())
     entries = section.get("header_patterns") or []
     if not isinstance(entries, list):
-        problems.append(Problem(f"{where}.header_patterns", "must be a list"))
+        problems.append(Problem(f"{where}.header_patterns", f"must be a list, not {shown(entries)}"))
         entries = []
-    patterns = [check_pattern(entry, f"{where}.header_patterns[{i}]", problems) for i, entry in enumerate(entries)]
-    lowered = {
-        key: value.lower() if "header" in key and isinstance(value, str) else value for key, value in values.items()
-    }
-    return Mappings(patterns=tuple(pattern for pattern in patterns if pattern), **lowered)
+    checked = (check_pattern(entry, f"{where}.header_patterns[{i}]", problems) for i, entry in enumerate(entries))
+    patterns = tuple(pattern for pattern in checked if pattern)
+    problems.extend(repeated_patterns(patterns))
+    right = {key: value for key, value in values.items() if key not in wrong}
+    lowered = {key: value.lower() if "header" in key and value else value for key, value in right.items()}
+    return Mappings(patterns=patterns, **lowered)
+
+
+def mapping_problems(values: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with the single values of ``user_id_mappings``: key → message."""
+    wrong: dict[str, str] = {}
+    names = {key: values.get(key, getattr(Mappings(), key)) for key in ("custom_header", "inject_header")}
+    for key, name in names.items():
+        if not (isinstance(name, str) and FIELD_NAME.fullmatch(name)):
+            wrong[key] = f"must be a header name, not {shown(name)}"
+        elif name.lower() in FRAMING_HEADERS:
+            wrong[key] = f"cannot be {name}, which HTTP itself needs"
+    if not names["custom_header"]:  # that switches it off
+        del wrong["custom_header"]
+    elif str(names["custom_header"]).lower() == str(names["inject_header"]).lower():
+        wrong["custom_header"] = "must differ from inject_header"
+    default = values.get("default_user_id", "-")
+    if not (isinstance(default, str) and MEMORY_ID.fullmatch(default)):
+        wrong["default_user_id"] = f"must be a {ID_RULE}, not {shown(default)}"
+    return wrong
 
 
 def check_pattern(entry: Any, where: str, problems: list[Problem]) -> HeaderPattern | None:
     """One header pattern, compiled; None, with the problems added, where it cannot be used."""
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in PATTERN_KEYS):
-        problems.append(Problem(where, "needs header, pattern and user_id, each a non-empty string"))
+    if not isinstance(entry, dict):
+        problems.append(Problem(where, f"must be a mapping with {', '.join(PATTERN_KEYS)}, not {shown(entry)}"))
         return None
-    problems.extend(unknown_keys(entry, (*PATTERN_KEYS, "mode"), where))
+    wrong = unknown_keys(entry, (*PATTERN_KEYS, "mode"), where)
     if entry.get("mode") not in (None, "sdk", "binary"):
-        problems.append(Problem(f"{where}.mode", f"must be sdk or binary, not {entry['mode']!r}"))
+        wrong.append(Problem(f"{where}.mode", f"must be sdk or binary, not {shown(entry['mode'])}"))
+    texts = {key: entry[key] for key in PATTERN_KEYS if isinstance(entry.get(key), str) and entry[key]}
+    wrong.extend(Problem(f"{where}.{key}", "must be a non-empty string") for key in PATTERN_KEYS if key not in texts)
+    if not FIELD_NAME.fullmatch(texts.get("header", "-")):
+        wrong.append(Problem(f"{where}.header", f"must be a header name, not {shown(texts['header'])}"))
+    regex, user_id = None, texts.get("user_id", "-")
     try:
-        regex = re.compile(entry["pattern"], re.IGNORECASE)
-    except (re.error, RecursionError, OverflowError) as error:
-        problems.append(Problem(f"{where}.pattern", f"is no regular expression: {error}"))
+        regex = re.compile(texts["pattern"], re.IGNORECASE) if "pattern" in texts else None
+        if regex:
+            regex.sub(user_id, "")  # parses the template, and so finds groups that the pattern has not
+    except (re.error, ValueError, IndexError, RecursionError, OverflowError) as error:
+        key, rule = ("user_id", "") if regex else ("pattern", "is no regular expression: ")
+        wrong.append(Problem(f"{where}.{key}", f"{rule}{error}"))
+    if "\\" not in user_id and not MEMORY_ID.fullmatch(user_id):
+        wrong.append(Problem(f"{where}.user_id", f"must be a {ID_RULE}, not {shown(user_id)}"))
+    problems.extend(wrong)
+    if wrong or not regex:
         return None
-    try:
-        regex.sub(entry["user_id"], "")  # parses the template, and so finds groups that the pattern has not
-    except (re.error, IndexError) as error:
-        problems.append(Problem(f"{where}.user_id", f"{error}"))
-        return None
-    if "\\" not in entry["user_id"] and not MEMORY_ID.fullmatch(entry["user_id"]):
-        problems.append(Problem(f"{where}.user_id", f"must be a memory id ({MEMORY_ID.pattern}): {entry['user_id']!r}"))
-    if not FIELD_NAME.fullmatch(entry["header"]):
-        problems.append(Problem(f"{where}.header", f"must be a header name: {entry['header']!r}"))
-    return HeaderPattern(entry["header"].lower(), entry["pattern"], entry["user_id"], regex, entry.get("mode"))
+    return HeaderPattern(texts["header"].lower(), texts["pattern"], user_id, regex, where, entry.get("mode"))
+
+
+def repeated_patterns(patterns: Sequence[HeaderPattern]) -> Iterator[Problem]:
+    """A warning for each pattern that is there already, for the same header."""
+    first: dict[tuple[str, str], HeaderPattern] = {}
+    for pattern in patterns:
+        before = first.setdefault((pattern.header, pattern.pattern), pattern)
+        if before is not pattern:
+            yield Problem(pattern.where, f"has the header and the pattern of {before.where}", warning=True)
+
+
+def shown(value: Any) -> str:
+    """A wrong value for a message: short ones as they are, of all others only the kind."""
+    text = repr(value) if value is None or isinstance(value, str | int | float) else ""
+    kinds: Mapping[type, str] = {dict: "a mapping", list: "a list", str: "a text of this length"}
+    return text if 0 < len(text) <= MAX_SHOWN else kinds.get(type(value), type(value).__name__)
 
 
 def unknown_keys(section: Mapping[str, Any], known: Sequence[str], where: str) -> list[Problem]:
@@ -707,7 +958,8 @@ def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None
         if value is not None and not (
             isinstance(value, kind) and not (kind is not bool and value is True) and test(value)
         ):
-            problems.append(Problem(where, f"must be {rule}, not {value!r}"))
+            told = "" if SECRET_KEY.search(where) else f", not {shown(value)}"
+            problems.append(Problem(where, f"must be {rule}{told}"))
 
 
 def warn_about_headers(document: Mapping[str, Any], mappings: Mappings, problems: list[Problem]) -> None:
@@ -724,7 +976,8 @@ def warn_about_headers(document: Mapping[str, Any], mappings: Mappings, problems
     elif not mappings.inject_header.startswith("x-"):
         message = f"{mappings.inject_header!r} does not start with x-: LiteLLM's server drops it in binary mode"
         problems.append(Problem("user_id_mappings.inject_header", message, warning=True))
-    for index, model in enumerate(document.get("model_list") or ()):
+    models = document.get("model_list")
+    for index, model in enumerate(models if isinstance(models, list) else ()):
         params = model.get("litellm_params") if isinstance(model, dict) else None
         fixed = params.get("extra_headers") if isinstance(params, dict) else None
         if isinstance(fixed, dict) and any(str(name).lower() == mappings.inject_header for name in fixed):
@@ -741,7 +994,7 @@ def secrets_in(value: Any, key: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from secrets_in(item, key)
-    elif isinstance(value, str) and SECRET_KEY.search(key) and len(value) >= MIN_SECRET_LENGTH:
+    elif isinstance(value, str) and value and SECRET_KEY.search(key):
         yield value
 
 
@@ -801,6 +1054,127 @@ def route_info(route: Route) -> dict[str, Any]:
         "custom_header_present": route.custom,
         "is_default": not (route.custom or route.pattern),
     }
+
+
+# What `check` says of a pattern it has from header values that the pattern is tried on: samples from its parsed form,
+# as they are and with each of these before and after them.
+BEFORE = ("", "x", "1", "x ", "(x) ")
+AFTER = ("", "x", "1", " x", "-1.0 (X; y)")
+CHARACTERS = string.ascii_letters + string.digits + "".join(map(chr, range(0xA1, 0x100))) + string.punctuation + " "
+HEADER_VALUE = re.compile(r"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?")  # what `Headers` lets through
+# Looking around and back references: what such a pattern does not match cannot be told from samples.
+UNJUDGED = re.compile(r"\(\?<?=|\(\?<?!(?!\))|\(\?P=|\(\?\(|\\[1-9]")
+MAX_SAMPLES = 1000  # texts of one pattern, and characters of one text
+REGEX_PARSER = ("re._parser", "re._compiler") if sys.version_info >= (3, 11) else ("sre_parse", "sre_compile")
+
+
+class Samples:
+    """Texts that are built like a regular expression: every branch, repeats with the fewest turns and one more, some
+    characters of each class. One choice at a time is varied; all others are the shortest. Anchors count for nothing.
+
+    Raises whatever comes up where Python's own parser, which is no public part of it, is not as it was.
+    """
+
+    def __init__(self, regex: re.Pattern[str]) -> None:
+        self._parser, self._compiler = map(import_module, REGEX_PARSER)
+        tree = self._parser.parse(regex.pattern, regex.flags)
+        self._state, self._flags = tree.state, regex.flags
+        self._choices: Mapping[str, Callable[[Any], list[str]]] = {
+            "LITERAL": lambda code: [chr(code)],
+            "AT": lambda _: [""],
+            "FAILURE": lambda _: [],
+            "SUBPATTERN": lambda group: self._of(group[-1]),
+            "ATOMIC_GROUP": self._of,
+            "BRANCH": lambda branch: [text for items in branch[1] for text in self._of(items)],
+            "MAX_REPEAT": self._repeated,
+            "MIN_REPEAT": self._repeated,
+            "POSSESSIVE_REPEAT": self._repeated,
+            "ASSERT": lambda look: ["", *self._of(look[1])],
+            "ASSERT_NOT": lambda look: [""] if look[1] else [],
+        }
+        self.texts = self._of(tree)
+
+    def _of(self, items: Any) -> list[str]:
+        choices = [sorted(self._choices.get(str(op), self._characters(op))(value), key=len) for op, value in items]
+        if not all(choices):
+            return []
+        shortest = [texts[0] for texts in choices]
+        varied = ("".join((*shortest[:i], text, *shortest[i + 1 :])) for i, t in enumerate(choices) for text in t[1:])
+        texts = list(dict.fromkeys(("".join(shortest), *varied)))
+        if max(len(texts), *map(len, texts)) > MAX_SAMPLES:
+            raise ValueError("too many samples, or too long ones")
+        return texts
+
+    def _repeated(self, repeat: Any) -> list[str]:
+        least, most, items = repeat
+        if least > MAX_SAMPLES:
+            raise ValueError("too long")
+        texts = self._of(items)
+        several = [text * turns for turns in (least, min(least + 1, most)) for text in texts]
+        return several if least else ["", *several]
+
+    def _characters(self, op: Any) -> Callable[[Any], list[str]]:
+        """For all that stands for one character (a class, a dot): it is compiled by itself, and asked."""
+
+        def choose(value: Any) -> list[str]:
+            one = self._compiler.compile(self._parser.SubPattern(self._state, [(op, value)]), self._flags)
+            fitting = [character for character in CHARACTERS if one.fullmatch(character)]
+            return [*fitting[:: max(1, len(fitting) // 8)], *fitting[-1:]]
+
+        return choose
+
+
+def header_values(regex: re.Pattern[str]) -> list[str] | None:
+    """Header values in which the pattern is found, of all that were tried, the plainest first; None if none were."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they came when it was compiled
+            texts = Samples(regex).texts
+    except Exception:  # see there
+        return None
+    tried = dict.fromkeys(f"{before}{text}{after}" for before in BEFORE for after in AFTER for text in texts)
+    return [value for value in tried if HEADER_VALUE.fullmatch(value) and regex.search(value)]
+
+
+def user_id_of(pattern: HeaderPattern, value: str) -> str:
+    """The memory id that a pattern gives to a header value; "" where it gives none."""
+    match = pattern.regex.search(value)
+    user_id = match.expand(pattern.user_id) if match else ""
+    return user_id if MEMORY_ID.fullmatch(user_id) else ""
+
+
+def example_of(pattern: HeaderPattern) -> tuple[str, str] | None:
+    """A header value that the pattern matches, and the memory id that it gets; None where none is known."""
+    found = ((value, user_id_of(pattern, value)) for value in header_values(pattern.regex) or ())
+    return min(found, key=lambda pair: (not pair[1], not pair[0]), default=None)
+
+
+def pattern_warnings(mappings: Mappings) -> Iterator[Problem]:
+    """A warning for each pattern that, as far as samples can tell, never decides: nothing that a header can hold
+    matches it, or what does gets no memory id or goes to an earlier pattern with every text around it."""
+    for index, pattern in enumerate(mappings.patterns):
+        key, message = never_decides(pattern, mappings.patterns[:index], mappings.custom_header)
+        if message:
+            yield Problem(f"{pattern.where}.{key}", message, warning=True)
+
+
+def never_decides(pattern: HeaderPattern, earlier: Sequence[HeaderPattern], custom: str | None) -> tuple[str, str]:
+    """Which key of a pattern makes it useless and why, in words; both "" where it may be of use."""
+    if pattern.header == custom:
+        return "header", "can never match: custom_header takes every value of this header"
+    values = None if UNJUDGED.search(pattern.pattern) else header_values(pattern.regex)
+    if values is None:
+        return "", ""
+    if not values:
+        return "pattern", "can never match: no value of a header can be like this"
+    values = [value for value in values if user_id_of(pattern, value)]
+    if not values:
+        return "user_id", "can never be used: it gives no memory id for what the pattern matches"
+    rivals = (other for other in earlier if other.header == pattern.header and not UNJUDGED.search(other.pattern))
+    for other in rivals:
+        if other.pattern != pattern.pattern and all(user_id_of(other, value) for value in values):
+            return "pattern", f"can never match: {other.where.removeprefix('user_id_mappings.')} takes all of it"
+    return "", ""
 
 
 # ── logs and metrics ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -1007,7 +1381,7 @@ BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 3
 PERCENTILES = (50, 95, 99)
 
 Labels = tuple[tuple[str, str], ...]
-Samples = dict[str, dict[Labels, float]]  # metric → labels → value
+Figures = dict[str, dict[Labels, float]]  # metric → labels → value
 
 
 class Histogram:
@@ -1046,7 +1420,7 @@ class Metrics:
         self._in_flight = 0
         self._started = time.time()
         self.memory_degraded = False
-        self.sources: list[Callable[[], Samples]] = []  # figures that others keep, read when somebody asks
+        self.sources: list[Callable[[], Figures]] = []  # figures that others keep, read when somebody asks
 
     def begin(self) -> None:
         """A request has begun."""
@@ -1089,10 +1463,10 @@ class Metrics:
         if amount is not None:
             self._counts.setdefault(name, Counter())[labels] += amount  # type: ignore[assignment]
 
-    def samples(self) -> Samples:
+    def samples(self) -> Figures:
         """Every figure but the histograms'."""
         with self._lock:
-            found: Samples = {name: dict(counts) for name, counts in self._counts.items()}
+            found: Figures = {name: dict(counts) for name, counts in self._counts.items()}
             recent = {name: histogram.recent() for name, histogram in self._histograms.items()}
             found["requests_in_flight"] = {(): self._in_flight}
             found["memory_degraded"] = {(): int(self.memory_degraded)}
@@ -1136,7 +1510,7 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-def histogram_samples(name: str, histogram: Histogram) -> Samples:
+def histogram_samples(name: str, histogram: Histogram) -> Figures:
     """A histogram as Prometheus wants it: the buckets cumulative, with their upper bounds."""
     bounds = (*(f"{bound:g}" for bound in BUCKETS), "+Inf")
     cumulative = accumulate(histogram.counts)
@@ -2733,7 +3107,7 @@ class SdkBackend:
         """This backend's rows of ``/health``."""
         return {"session_manager": self.session.health()}
 
-    def samples(self) -> Samples:
+    def samples(self) -> Figures:
         """This backend's part of the metrics."""
         return {"cookies": {(): self.session.cookie_count}}
 
@@ -3369,7 +3743,7 @@ class BinaryBackend:
         """Why the server cannot be asked right now; None where it can, as far as is known."""
         return (self.server.down() if self.server else None) or self._upstream.fault
 
-    def samples(self) -> Samples:
+    def samples(self) -> Figures:
         """This backend's part of the metrics."""
         return {"pool_connections": {(("state", state),): count for state, count in self.pool.count().items()}}
 
@@ -4637,10 +5011,10 @@ class Program:
         level, message = BREAKER_NEWS[old, new]
         self._log.event(level, "failover", "circuit_breaker", state=new.name.lower(), message=message)
 
-    def _samples(self) -> Samples:
+    def _samples(self) -> Figures:
         """What the backends and the program itself add to the metrics."""
         sides = self._sides
-        found: Samples = {"client_connections": {(): sum(front.connections.count for _, front in self._fronts)}}
+        found: Figures = {"client_connections": {(): sum(front.connections.count for _, front in self._fronts)}}
         found.update(sides.sdk.samples() if sides.sdk else {})
         found.update(sides.binary.samples() if sides.binary else {})
         if sides.server:
@@ -4868,7 +5242,7 @@ def set_use_sdk(path: str, value: bool) -> None:
     Raises:
         StartError: the file cannot be read or written, or the setting comes from a file that it includes.
     """
-    wanted = read_yaml(path)
+    wanted = values_of(read_nodes(path, []))
     general = wanted.get("general_settings") or {}
     experimental = general.get("experimental") or {} if isinstance(general, dict) else None
     if not isinstance(experimental, dict):
@@ -4880,7 +5254,7 @@ def set_use_sdk(path: str, value: bool) -> None:
         part = real.with_name(f"{real.name}.{os.getpid()}.part")
         part.write_bytes(with_use_sdk(text, value).encode())
         try:
-            if read_yaml(str(part)) != wanted:
+            if values_of(read_nodes(str(part), [])) != wanted:
                 raise ValueError
             shutil.copymode(real, part)
             part.replace(real)
@@ -5219,21 +5593,71 @@ def await_load(path: str, loads: int) -> dict[str, Any]:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Validate the config and print every problem; returns 1 if there is one, else 0."""
+    """Print every problem of the config and what it means; returns 1 if there is an error, else 0."""
     try:
-        config = load_config(arguments.config)
-        settle(arguments, config)
+        reading = read_config(arguments.config)
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"error: {problem}")
-        return 1
-    for warning in config.warnings:
-        print(f"warning: {warning}")
-    for name in config.model_names:
-        keys = config.missing_keys.get(name)
-        print(f"model {name}: {'no key, set ' + keys if keys else 'ok'}")
-    print(f"{arguments.config}: ok, {len(config.model_names)} models, {len(config.mappings.patterns)} patterns")
-    return 0
+        return report(arguments.config, error.problems, [], Redactor(environment_secrets()))
+    config, problems = reading.config, every_problem(reading, arguments)
+    tables = [*model_table(reading), *memory_table(config.mappings)]
+    redact = Redactor(config.secrets | environment_secrets())
+    found = f"{len(config.model_names)} models, {len(config.mappings.patterns)} patterns"
+    return report(config.path, problems, tables, redact, found)
+
+
+def report(path: str, problems: Sequence[Problem], tables: Iterable[str], redact: Redactor, found: str = "") -> int:
+    """Print the problems, errors first, the tables and a last line; returns 1 if there is an error, else 0."""
+    for problem in sorted(problems, key=lambda problem: problem.warning):
+        # One by one: the redaction would take what follows the key path of an api_key for the key.
+        parts = filter(None, ("warning" if problem.warning else "error", problem.place, problem.message))
+        print(printable(": ".join(map(redact, parts))))
+    for line in tables:
+        print(printable(redact(line)))
+    warned = sum(problem.warning for problem in problems)
+    wrong = len(problems) - warned
+    print(printable(redact(f"{path}: " + (f"{wrong} errors, {warned} warnings" if wrong else f"ok, {found}"))))
+    return 1 if wrong else 0
+
+
+def every_problem(reading: Reading, arguments: argparse.Namespace) -> list[Problem]:
+    """What is wrong with the config, and with this command line and environment on top of it."""
+    problems = [*reading.problems, *locate(pattern_warnings(reading.config.mappings), reading.root)]
+    if all(problem.warning for problem in problems):
+        try:
+            settle(arguments, reading.config)
+        except StartError as error:
+            problems.append(Problem("", str(error)))
+    return problems
+
+
+def model_table(reading: Reading) -> list[str]:
+    """The lines of a table of deployments: name, what it calls, and whether its keys are there."""
+    return ["models:", *aligned([(name, model, f"key {key}") for name, model, key in reading.deployments])]
+
+
+def memory_table(mappings: Mappings) -> list[str]:
+    """The lines of a table of what leads to which memory, in the order in which it is looked at."""
+    rows = [(mappings.custom_header, "ID", "->", "ID", "")] if mappings.custom_header else []
+    for pattern in mappings.patterns:
+        value, user_id = example_of(pattern) or (None, "")
+        example = "" if value is None else f'matches "{value[:MAX_SHOWN]}"'
+        gets = f" and gives {user_id}" if user_id not in ("", pattern.user_id) else ""
+        rows.append((pattern.header, pattern.pattern, "->", pattern.user_id, example + gets))
+    rows.append(("anyone else", "", "->", mappings.default_user_id, ""))
+    return [f"memory ({mappings.inject_header}):", *aligned(rows)]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def printable(line: str) -> str:
+    """One line that the terminal takes as such, whatever a config or a file's name has in it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    plain = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "?", line)
+    return plain.encode(encoding, "backslashreplace").decode(encoding)
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {

@@ -700,17 +700,219 @@ def test_included_files_are_merged(tmp_path: Path) -> None:
     assert proxy.load_config(write_config(tmp_path, document)).model_names == ("a", "b")
 
 
+BROKEN = """\
+include: [more.yaml, gone.yaml]
+model_list:
+  - model_name: a
+    litellm_params: {model: openai/a, api_key: os.environ/UNSET_KEY}
+  - model_name: b
+    litellm_params:
+      api_key: twice-in-here-secret
+      api_key: twice-in-here-secret
+general_settings:
+  master_key: 12345678
+user_id_mappings:
+  default_user_id: me
+  default_user_id: 5
+  header_patterns:
+    - {header: user-agent, pattern: 7, user_id: a}
+  colour: red
+"""
+INCLUDED = """\
+# a comment
+model_list:
+  - model_name: c
+    litellm_params: {model: 5}
+"""
+
+
+def test_every_problem_has_the_file_and_the_line_of_its_key_or_of_what_it_is_missing_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UNSET_KEY", raising=False)
+    (tmp_path / "more.yaml").write_text(INCLUDED)
+    reading = proxy.read_config(write_config(tmp_path, BROKEN))
+    patterns = "user_id_mappings.header_patterns"
+    assert {(Path(p.file).name, p.line, p.where, p.warning) for p in reading.problems} == {
+        ("gone.yaml", None, "", False),
+        ("config.yaml", 4, "model_list[0].litellm_params.api_key", True),
+        ("config.yaml", 6, "model_list[1].litellm_params.model", False),
+        ("config.yaml", 8, "model_list[1].litellm_params.api_key", True),
+        ("more.yaml", 4, "model_list[2].litellm_params.model", False),
+        ("config.yaml", 10, "general_settings.master_key", False),
+        ("config.yaml", 9, "general_settings.forward_client_headers_to_llm_api", True),
+        ("config.yaml", 13, "user_id_mappings.default_user_id", True),
+        ("config.yaml", 13, "user_id_mappings.default_user_id", False),
+        ("config.yaml", 15, f"{patterns}[0].pattern", False),
+        ("config.yaml", 16, "user_id_mappings.colour", False),
+    }
+    with pytest.raises(
+        proxy.ConfigError, match=r"config\.yaml:13: user_id_mappings\.default_user_id: must be"
+    ) as caught:
+        proxy.load_config(str(tmp_path / "config.yaml"))
+    assert not any(problem.warning for problem in caught.value.problems)
+
+
+def test_what_is_there_twice_is_a_warning(tmp_path: Path) -> None:
+    entry, other = model("a", "openai/a", "http://h"), model("a", "openai/a", "http://other")
+    pattern = {"header": "user-agent", "pattern": "^a", "user_id": "a"}
+    document = {
+        "model_list": [entry, other, entry],
+        "user_id_mappings": {"header_patterns": [pattern, {**pattern, "header": "originator"}]},
+    }
+    document["user_id_mappings"]["header_patterns"].append({**pattern, "header": "User-Agent", "user_id": "b"})
+    text = yaml.safe_dump(document) + "litellm_settings: {drop_params: true, drop_params: false}\n"
+    text += "base: &base {x: 1}\nderived: {<<: *base, <<: *base, x: 2}\n"  # that repeats nothing
+    said = {p.where: p.message for p in proxy.load_config(write_config(tmp_path, text)).warnings}
+    assert set(said) == {
+        "model_list[2]",
+        "user_id_mappings.header_patterns[2]",
+        "litellm_settings.drop_params",
+        "general_settings.forward_client_headers_to_llm_api",
+    }
+    assert "model_list[0]" in said["model_list[2]"]
+    assert "header_patterns[0]" in said["user_id_mappings.header_patterns[2]"]
+
+
+HOSTILE: dict[str, Any] = {  # user_id_mappings that are not what they should be → where the errors are
+    "[a]": {""},
+    "7": {""},
+    "{5: a, null: b, true: c, 2001-01-01: d}": {".5", ".None", ".True", ".2001-01-01"},
+    "{header_patterns: abc}": {".header_patterns"},
+    "{header_patterns: {a: b}}": {".header_patterns"},
+    "{header_patterns: [null, [a], {5: x}]}": {".header_patterns[0]", ".header_patterns[1]"}
+    | {f".header_patterns[2].{key}" for key in ("5", "header", "pattern", "user_id")},
+    f"{{header_patterns: [{{header: a, pattern: 'a{{{'9' * 5000}}}', user_id: a}}]}}": {".header_patterns[0].pattern"},
+    "{header_patterns: [{header: a b, pattern: '(', user_id: a b}]}": {
+        f".header_patterns[0].{key}" for key in ("header", "pattern", "user_id")
+    },
+    "{default_user_id: [x], custom_header: 7, inject_header: {a: b}}": {
+        ".default_user_id",
+        ".custom_header",
+        ".inject_header",
+    },
+    "{inject_header: null, custom_header: null}": {".inject_header"},
+    "{inject_header: X-Memory-User-Id}": {".custom_header"},
+}
+
+
+@pytest.mark.parametrize("section", HOSTILE, ids=range(len(HOSTILE)))
+def test_no_kind_of_value_breaks_the_check_of_the_mappings(tmp_path: Path, section: str) -> None:
+    text = "model_list: [{model_name: a, litellm_params: {model: openai/a}}]\nuser_id_mappings: " + section
+    text += "\ngeneral_settings: {forward_client_headers_to_llm_api: true}\n"
+    problems = proxy.read_config(write_config(tmp_path, text)).problems
+    assert {problem.where for problem in problems} == {f"user_id_mappings{where}" for where in HOSTILE[section]}
+    assert {problem.line for problem in problems} == {2}
+
+
+TEN_TIMES_TEN = "".join(f"{n}: &{n} [{','.join([f'*{o}'] * 10)}]\n" for o, n in zip("abcdefg", "bcdefgh", strict=True))
+UNREADABLE: list[tuple[str, int | None]] = [  # no YAML, and the line that the error names
+    ("a: 1\nb: [", 2),
+    ("a:\n\t- b", 2),
+    ("\ufeffa: 1\na: 2001-99-99", 2),
+    ("a: !!timestamp hunter22", 1),
+    ("a: 1\r\nb: *hunter22\r\n", 2),
+    ("a: 1\npassword: !hunter22 x", 2),
+    ('a: 1\npassword: "hunter22', 2),
+    ("a: 1\n\nb: \x00", 3),
+    ("a: 1\nb: 0x" + "f" * 5000, 2),
+    ('a: "\\ud800"', 1),
+    ("? [a]\n: b", 1),
+    ("---\na: 1\n---\nb: 2", 3),
+    ("a: &a [x,x,x,x,x,x,x,x,x,x]\n" + TEN_TIMES_TEN, None),
+    ("a: " + "[" * 5000, None),
+]
+
+
+@pytest.mark.parametrize(("text", "line"), UNREADABLE, ids=range(len(UNREADABLE)))
+def test_a_file_that_is_no_yaml_is_one_error_with_its_line_and_without_its_text(
+    tmp_path: Path, text: str, line: int | None
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode())
+    with pytest.raises(proxy.ConfigError) as caught:
+        proxy.load_config(str(path))
+    (problem,) = caught.value.problems
+    assert problem.where == "YAML" and problem.line == line, problem
+    assert "hunter22" not in str(problem)
+
+
+def test_a_file_that_is_not_utf8_or_no_file_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"a: 1\nb: \xff\n")
+    for path, said in ((tmp_path / "config.yaml", "config.yaml:2: YAML: is not UTF-8"), (tmp_path, "Is a directory")):
+        with pytest.raises(proxy.ConfigError) as caught:
+            proxy.load_config(str(path))
+        assert str(caught.value).endswith(said)
+
+
+def run_check(config: str, **environment: str) -> tuple[int, str]:
+    command = [sys.executable, str(MODULE), "check", "--config", config]
+    environment = clean_environment(**environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(config).parent)
+    assert not result.stderr
+    return result.returncode, result.stdout.replace(config, "config.yaml")
+
+
 def test_the_check_command_says_what_is_right_and_what_is_wrong(tmp_path: Path) -> None:
-    good = write_config(tmp_path, {"model_list": [model("a", "openai/a", "http://h", "os.environ/UNSET_KEY")]})
-    command = [sys.executable, str(MODULE), "check", "--config", good]
-    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
-    assert result.returncode == 0
-    assert "model a: no key, set UNSET_KEY" in result.stdout
-    assert "warning: general_settings.forward_client_headers_to_llm_api" in result.stdout
+    models = [model("a", "openai/a", "http://h", "os.environ/UNSET_KEY"), model("b", "openai/b", "http://h")]
+    local = {"model_name": "c", "litellm_params": {"model": "ollama_chat/c", "api_base": "http://h"}}
+    patterns = [
+        {"header": "user-agent", "pattern": "^claude-cli/", "user_id": "claude-code"},
+        {"header": "user-agent", "pattern": "^App/(?P<name>[a-z]+)", "user_id": r"app-\g<name>"},
+    ]
+    document = {"model_list": [*models, local], "user_id_mappings": {"header_patterns": patterns}}
+    good = write_config(tmp_path, document)
+    code, said = run_check(good)
+    assert code == 0
+    rows = [re.sub(" +", " ", line) for line in said.splitlines()]
+    line = 1 + Path(good).read_text().split("\n").index("    api_key: os.environ/UNSET_KEY")
+    assert (
+        f"warning: config.yaml:{line}: model_list[0].litellm_params.api_key: UNSET_KEY is not set in the environment"
+        in rows
+    )
+    assert any(
+        row.startswith("warning: config.yaml:1: general_settings.forward_client_headers_to_llm_api") for row in rows
+    )
+    assert rows[rows.index("models:") :] == [
+        "models:",
+        " a openai/a key missing: set UNSET_KEY",
+        " b openai/b key present",
+        " c ollama_chat/c key none named",
+        "memory (x-sm-user-id):",
+        " x-memory-user-id ID -> ID",
+        ' user-agent ^claude-cli/ -> claude-code matches "claude-cli/"',
+        r' user-agent ^App/(?P<name>[a-z]+) -> app-\g<name> matches "App/a" and gives app-a',
+        " anyone else -> default-dev",
+        "config.yaml: ok, 3 models, 2 patterns",
+    ]
     Path(good).write_text("model_list: [{}, {}]")
-    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
-    assert result.returncode == 1
-    assert "error: model_list[0].model_name" in result.stdout and "error: model_list[1].model_name" in result.stdout
+    code, said = run_check(good)
+    assert code == 1
+    assert (
+        "error: config.yaml:1: model_list[0].model_name" in said and "config.yaml:1: model_list[1].model_name" in said
+    )
+    assert said.endswith("config.yaml: 4 errors, 1 warnings\n")
+    assert run_check(str(tmp_path / "gone.yaml"))[0] == 1
+
+
+def test_the_check_command_shows_no_secret(tmp_path: Path) -> None:
+    text = """
+model_list:
+  - {model_name: sk-in-a-name-0123456, litellm_params: {model: openai/config-secret, api_key: config-secret}}
+general_settings: {master_key: 12345678}
+router_settings: {timeout: "http://me:pa55@host/", num_retries: environment-secret}
+user_id_mappings: {default_user_id: {api_key: config-secret}, config-secret: x}
+"""
+    code, said = run_check(write_config(tmp_path, text), ANY_TOKEN="environment-secret")
+    assert code == 1 and "general_settings.master_key" in said and said.count(proxy.REDACTED) >= 4
+    for secret in ("in-a-name", "config-secret", "12345678", "pa55", "environment-secret"):
+        assert secret not in said
+
+
+def test_the_start_says_of_keys_that_are_not_set_only_what_its_guide_says(shared_provider: Provider) -> None:
+    running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", shared_provider.url)
+    assert not any("is not set in the environment" in line for line in running.lines)
+    running.stop()
 
 
 # ── memory routing ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -792,6 +994,81 @@ REAL_CLIENTS = [  # what the clients send, as recorded on the wire
 def test_the_shipped_patterns_recognise_real_clients(agent: str, user_id: str) -> None:
     mappings = proxy.load_config(str(HERE / "config.yaml")).mappings
     assert routed(mappings, ("User-Agent", agent)) == user_id
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a",
+        "^ab?$",
+        r"\Bfoo",
+        "^.{5,}$",
+        r"(?P<x>a|b)+\d{2,}",
+        "[^a-z]",
+        r"\s",
+        "^$",
+        ".*",
+        "ü",
+        "(?=claude).*",
+        "^(?!bot)x",
+    ],
+)
+def test_an_example_is_a_header_value_that_its_pattern_matches(pattern: str) -> None:
+    (checked,) = mappings_of(("user-agent", pattern, "m")).patterns
+    example = proxy.example_of(checked)
+    assert example and checked.regex.search(example[0]) and example[1] == "m"
+    assert example[0] or pattern == "^$"  # an empty value would tell nobody anything
+    assert proxy.parse_fields(f"user-agent: {example[0]}").values("user-agent") == [example[0]]
+
+
+def test_an_example_shows_the_id_that_its_groups_give_and_is_left_out_where_none_is_known() -> None:
+    grouped, backwards = mappings_of(("x-a", r"^p/(\w+)$", r"app-\1"), ("x-a", r"(a)\1", "m")).patterns
+    assert proxy.example_of(grouped) == ("p/a", "app-a")
+    assert proxy.example_of(backwards) is None
+
+
+NEVER = ["a^", "$x", "(?!)", r"\x00", r"[\x00-\x08]", "^ a", "a $", "日本"]
+SOMETIMES = ["a|$x", r"(a|)(b|)^c", r"\Bfoo", r"(a)\1", r"a\tb", "^(?!.*bot)claude", r"[-a-y,z]\bfoo", "(x+x+)+y"]
+
+
+@pytest.mark.parametrize("pattern", NEVER + SOMETIMES)
+def test_a_pattern_that_can_never_match_is_a_warning(pattern: str) -> None:
+    said = [str(problem) for problem in proxy.pattern_warnings(mappings_of(("user-agent", pattern, "m")))]
+    assert len(said) == (pattern in NEVER), said
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "hidden"),
+    [
+        ("^claude", "^claude-cli/", True),
+        ("^CODEX_", "^codex_(cli|exec)/", True),
+        (".*", "x", True),
+        ("^claude-cli/", "claude-cli/", False),
+        ("^codex_cli/", "^codex_(cli|exec)/", False),
+        ("[0-5]x", "[0-9]x", False),
+        ("^claude-cli/(?!2)", "^claude-cli/", False),
+        ("^claude-cli/[^0-9]*$", "^claude-cli/", False),
+        ("^[a-z]", "[a-z]", False),
+    ],
+)
+def test_a_pattern_behind_one_that_takes_all_of_it_is_a_warning(first: str, second: str, hidden: bool) -> None:
+    mappings = mappings_of(("User-Agent", first, "a"), ("user-agent", second, "b"), ("x-other", second, "c"))
+    problems = list(proxy.pattern_warnings(mappings))
+    assert [problem.where for problem in problems] == ["user_id_mappings.header_patterns[1].pattern"] * hidden
+    assert all("header_patterns[0] takes all of it" in problem.message for problem in problems)
+
+
+def test_a_pattern_is_not_hidden_by_one_whose_ids_are_invalid_and_is_of_no_use_with_such_ids() -> None:
+    assert not list(proxy.pattern_warnings(mappings_of(("x-a", "^(.*)$", r"app-\1"), ("x-a", "a", "b"))))
+    useless = mappings_of(("x-a", "^(.*)$", r"app/\1"), ("x-memory-user-id", "a", "b"))
+    keys = [problem.where.rpartition(".")[2] for problem in proxy.pattern_warnings(useless)]
+    assert keys == ["user_id", "header"]
+
+
+def test_the_shipped_config_has_no_warning_but_for_its_keys() -> None:
+    reading = proxy.read_config(str(HERE / "config.yaml"))
+    assert not list(proxy.pattern_warnings(reading.config.mappings)) and not reading.config.warnings
+    assert all(proxy.example_of(pattern) for pattern in reading.config.mappings.patterns)
 
 
 # ── logs and metrics ─────────────────────────────────────────────────────────────────────────────────────────────
