@@ -41,7 +41,7 @@ The rooms, bottom up; each uses only those above it in this list:
 
     constants · errors · configuration · memory routing · logs and metrics · circuit breaker · wire ·
     asyncio bridge · session · sdk backend · binary backend · failover · application · HTTP front ·
-    program · command line
+    program · load · command line
 
 POSIX only (Linux, macOS, WSL). Meant for loopback and small trusted networks: it is no edge server.
 """
@@ -147,7 +147,7 @@ CHILD_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before each restart; 
 CHILD_STABLE_SECONDS = 60.0  # a child that ran this long starts again with the first pause
 RETRY_AFTER_SECONDS = 5  # what a client is told to wait while the LiteLLM server is down
 
-MAX_LOGGED = 500  # characters of a path in a log line
+MAX_LOGGED = 500  # characters of a path in a log line, or of an example in load's table
 MAX_MESSAGE = 20_000  # characters of an error message
 MAX_LABELS = 100  # distinct memory ids or models in the metrics; the rest is "other"
 MAX_SAMPLES = 10_000  # durations kept for the percentiles of the last ...
@@ -5294,11 +5294,385 @@ def with_use_sdk(text: str, value: bool) -> str:
     return text[:at] + end.join(lines) + f" {said}{end}" + text[at:]
 
 
+# ── load ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# A load test: plain HTTP clients that call a proxy, this one or another, and measure what they see from the outside.
+# Nothing here reaches into the rooms that serve requests, and nothing here knows of options or exit codes.
+
+LOAD_PATH = "/v1/chat/completions"
+LOAD_PROMPT = "Answer with one word: hello."  # a real model is paid by the token
+LOAD_URL = re.compile(r"(?i)https?://[\x21-\x7e]+")
+LOOK_SECONDS = 0.1  # between two looks at a run: ten steps a second look like movement
+PROGRESS_SECONDS = 5.0  # between two progress lines where standard error is no terminal
+
+# What breaks an exchange → its name in the table, by the nearest base class that is here.
+FAILURE_KINDS: Mapping[type[BaseException], str] = {
+    TimeoutError: "timeout",
+    ConnectionRefusedError: "connection refused",
+    ConnectionError: "connection lost",
+    socket.gaierror: "host not found",
+    UnicodeError: "host not found",  # a name that DNS cannot even ask for
+    ssl.SSLError: "TLS failed",
+    http.client.HTTPException: "malformed answer",
+    OSError: "no connection",
+}
+UNREACHABLE = ("connection refused", "host not found", "no connection")  # no request was heard
+
+
+class Failed(Exception):
+    """A request failed for a reason that only its answer shows; ``kind`` is its name in the table."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a load test calls, and the request that it sends each time; ``tls`` is None for plain HTTP."""
+
+    url: str
+    host: str
+    port: int
+    path: str
+    tls: ssl.SSLContext | None
+    headers: Mapping[str, str | bytes]
+    body: bytes
+    streamed: bool
+
+    def connection(self) -> http.client.HTTPConnection:
+        """A client that will connect when it is told to."""
+        if self.tls is None:
+            return http.client.HTTPConnection(self.host, self.port, timeout=CONNECT_SECONDS)
+        return http.client.HTTPSConnection(self.host, self.port, timeout=CONNECT_SECONDS, context=self.tls)
+
+
+def load_target(url: str, key: str | None, model: str, *, streamed: bool) -> Target:
+    """The target at a base URL, which may have a path and may end in ``/v1``.
+
+    Raises:
+        StartError: the URL or the key cannot be used; neither is shown where it may hold a secret.
+    """
+    if "@" in url:
+        raise StartError("--url takes no credentials: the key comes from LITELLM_MASTER_KEY or the config")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    if not (LOAD_URL.fullmatch(url) and parts.hostname) or parts.query or parts.fragment:
+        raise StartError(f"--url must be http://HOST:PORT or https://…, not {url!r}")
+    if key and not key.isprintable():
+        raise StartError("the master key has characters that no header can carry")
+    base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1').rstrip('/')}"
+    tls = ssl.create_default_context() if parts.scheme == "https" else None
+    headers: dict[str, str | bytes] = {"Content-Type": "application/json", "User-Agent": "litellm_memory_proxy/load"}
+    if key:
+        headers["Authorization"] = b"Bearer " + key.encode()
+    body = {"model": model, "messages": [{"role": "user", "content": LOAD_PROMPT}], "stream": streamed}
+    return Target(
+        url=base,
+        host=parts.hostname,
+        port=(443 if tls else 80) if port is None else port,
+        path=urlsplit(base).path + LOAD_PATH,
+        tls=tls,
+        headers=headers,
+        body=json.dumps(body).encode(),
+        streamed=streamed,
+    )
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came of one request: the seconds to its end and to its first token; ``kind`` is "" where it succeeded."""
+
+    seconds: float
+    first: float | None = None
+    kind: str = ""
+    message: str = ""
+
+
+class Caller:
+    """One client: a connection that is kept alive, and opened anew after an error."""
+
+    def __init__(self, target: Target) -> None:
+        self._target, self._connection = target, target.connection()
+
+    def call(self) -> Answered:
+        """Make one request, whatever comes of it."""
+        began = time.monotonic()
+        try:
+            first = self._exchange(began + REQUEST_SECONDS)
+            return Answered(time.monotonic() - began, first and first - began)
+        except (Failed, OSError, http.client.HTTPException, UnicodeError) as error:
+            self._connection.close()
+            return Answered(time.monotonic() - began, kind=failure_kind(error), message=str(error)[:MAX_MESSAGE])
+
+    def _exchange(self, deadline: float) -> float | None:
+        """Send the request and read its answer; returns when its first token came, by the monotonic clock."""
+        if self._connection.sock is None:
+            self._connection.connect()
+        sock = self._connection.sock  # http.client forgets it where the answer says that it will close
+        sock.settimeout(seconds_until(deadline))
+        self._connection.request("POST", self._target.path, self._target.body, self._target.headers)
+        with self._connection.getresponse() as response:
+            pieces = answer_pieces(response, sock, deadline, "stream" if self._target.streamed else "answer")
+            if response.status != HTTPStatus.OK:
+                raise Failed(f"HTTP {response.status}", error_text(b"".join(pieces)))
+            return read_stream(pieces) if self._target.streamed else read_answer(pieces)
+
+
+def failure_kind(error: BaseException) -> str:
+    """The name of a failure in the table."""
+    if isinstance(error, Failed):
+        return error.kind
+    return next(FAILURE_KINDS[base] for base in type(error).__mro__ if base in FAILURE_KINDS)
+
+
+def seconds_until(deadline: float) -> float:
+    """What is left of a request's time; raises TimeoutError where nothing is."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(f"the answer was not whole after {REQUEST_SECONDS:g} s")
+    return left
+
+
+def answer_pieces(
+    response: http.client.HTTPResponse, sock: socket.socket, deadline: float, what: str
+) -> Iterator[bytes]:
+    """The body's bytes as they come in; raises Failed where it ends early, and TimeoutError."""
+    try:
+        while True:
+            sock.settimeout(seconds_until(deadline))
+            piece = response.read1(RECEIVE_BYTES)
+            if not piece:
+                break
+            yield piece
+        if response.length:  # http.client takes the end of the connection for the end of the body
+            raise http.client.IncompleteRead(b"", response.length)
+    except (ConnectionError, ssl.SSLEOFError, http.client.IncompleteRead):
+        raise Failed(f"{what} cut off", "the connection closed before the end of the body") from None
+
+
+def read_answer(pieces: Iterator[bytes]) -> float:
+    """When the first byte of a whole answer came; raises Failed where it is no chat completion."""
+    body = next(pieces, b"")
+    first = time.monotonic()
+    body += b"".join(pieces)
+    if "choices" not in json_object(body):
+        raise Failed("no chat completion", error_text(body))
+    return first
+
+
+def read_stream(pieces: Iterator[bytes]) -> float | None:
+    """When the first token of a stream came, None where it had none; raises Failed unless it ended as it should."""
+    first, data = None, b""
+    for data in event_data(pieces):
+        if first is None and has_token(json_object(data)):
+            first = time.monotonic()
+        if b'"error"' in data and json_object(data).get("error"):  # looked for first: parsing costs the others' time
+            raise Failed("error event", error_text(data))
+    if data != b"[DONE]":
+        raise Failed("stream cut off", "the stream ended without data: [DONE]")
+    return first
+
+
+def event_data(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The value of each ``data:`` line of a stream of server-sent events."""
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from (line[5:].strip() for line in lines if line.startswith(b"data:"))
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in a text; {} where there is none."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def has_token(chunk: Mapping[str, Any]) -> bool:
+    """Whether a chunk of a chat completion brings more than the role: text, reasoning, a tool call."""
+    try:
+        return any(value for name, value in chunk["choices"][0]["delta"].items() if name != "role")
+    except (LookupError, TypeError, AttributeError):
+        return False
+
+
+def error_text(body: bytes) -> str:
+    """The message of an error body, or else all of the body, in one line."""
+    text = str(provider_error(body).get("message") or body[:MAX_MESSAGE].decode(errors="replace"))
+    return " ".join(text.split())
+
+
+class LoadRun:
+    """One load test: hands its requests out to its threads and gathers what came of each; one lock.
+
+    Args:
+        requests: how many to make.
+        threads: how many at a time.
+    """
+
+    def __init__(self, requests: int, threads: int) -> None:
+        self.requests, self.stopped = requests, False
+        self.ended = threading.Event()
+        self.good: list[Answered] = []
+        self.failed: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}  # kind → the first message of that kind
+        self._lock = threading.Lock()
+        self._waiting, self._working = requests, min(requests, threads)
+
+    def start(self, target: Target) -> None:
+        """Begin; raises StartError where the system has not that many threads."""
+        try:
+            for _ in range(self._working):
+                threading.Thread(target=self._work, args=(Caller(target),), daemon=True).start()
+        except RuntimeError:
+            self.stop()
+            raise StartError("the system has no more threads: a lower --concurrency may do") from None
+
+    def stop(self) -> None:
+        """Begin no more requests; those in flight no longer count."""
+        with self._lock:
+            self.stopped, self._waiting = True, 0
+
+    def counts(self) -> tuple[int, int]:
+        """How many requests have ended, and how many of those failed."""
+        with self._lock:
+            failed = self.failed.total()
+            return len(self.good) + failed, failed
+
+    def _work(self, caller: Caller) -> None:
+        try:
+            while self._take():
+                self._note(caller.call())
+        finally:
+            with self._lock:
+                self._working -= 1
+                if not self._working:
+                    self.ended.set()
+
+    def _take(self) -> bool:
+        with self._lock:
+            self._waiting -= 1
+            return self._waiting >= 0
+
+    def _note(self, outcome: Answered) -> None:
+        with self._lock:
+            if self.stopped:
+                return
+            if outcome.kind:
+                self.failed[outcome.kind] += 1
+                self.examples.setdefault(outcome.kind, outcome.message)
+            else:
+                self.good.append(outcome)
+
+
+class Progress:
+    """Says on standard error how far a run is: a bar on a terminal, elsewhere a line every `PROGRESS_SECONDS`."""
+
+    def __init__(self, run: LoadRun) -> None:
+        self._run, self._terminal = run, sys.stderr.isatty()
+        self._due = time.monotonic() + PROGRESS_SECONDS
+
+    def show(self) -> None:
+        """Draw the bar anew, or print a line if one is due."""
+        if self._terminal:
+            self._write(f"\r{progress_bar(self._run, terminal_width())}")
+        elif time.monotonic() >= self._due:
+            self._due += PROGRESS_SECONDS
+            self._write(f"{progress_text(self._run)}\n")
+
+    def clear(self) -> None:
+        """Leave an empty line on a terminal."""
+        if self._terminal:
+            self._write(f"\r{'':{terminal_width()}}\r")
+
+    def _write(self, text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
+
+
+def terminal_width() -> int:
+    """The columns that a line may fill; in the last one, some terminals already begin the next line."""
+    return max(shutil.get_terminal_size().columns - 1, 1)
+
+
+def progress_text(run: LoadRun) -> str:
+    """How far a run is, in words."""
+    ended, failed = run.counts()
+    return f"{ended} of {run.requests} requests" + (f", {failed} failed" if failed else "")
+
+
+def progress_bar(run: LoadRun, width: int) -> str:
+    """The same as a bar of exactly this many columns."""
+    text = progress_text(run)
+    room = max(width - len(text) - 3, 0)
+    filled = room * run.counts()[0] // run.requests
+    return f"[{'#' * filled:.<{room}}] {text}"[:width].ljust(width)
+
+
+def run_load(target: Target, requests: int, threads: int) -> tuple[LoadRun, float]:
+    """Make the requests, so many at a time; returns what came of them and the seconds it took.
+
+    Ctrl-C ends it early, with what there is by then. Raises StartError.
+    """
+    run = LoadRun(requests, threads)
+    progress = Progress(run)
+    began = time.monotonic()
+    try:
+        run.start(target)
+        while not run.ended.wait(LOOK_SECONDS):
+            progress.show()
+    except KeyboardInterrupt:
+        run.stop()
+    seconds = time.monotonic() - began
+    progress.clear()
+    return run, seconds
+
+
+def percentile_cells(values: Sequence[float]) -> Iterator[str]:
+    """The percentiles of some seconds, in milliseconds, or "-"."""
+    for found in (percentile(sorted(values), percent) for percent in PERCENTILES):
+        yield "-" if found is None else f"{found * 1000:.1f} ms"
+
+
+def load_report(run: LoadRun, seconds: float) -> list[str]:
+    """The lines of the table."""
+    ended, failed = run.counts()
+    good = ended - failed
+    kinds = run.failed.most_common()
+    rate = f"{good * 1000 // ended / 10:.1f} %" if ended else "-"  # rounded down: 100 % is without any failure
+    rows = [
+        ("requests", f"{ended}" + (f" of {run.requests}, then stopped" if run.stopped else "")),
+        ("duration", f"{seconds:.2f} s"),
+        ("requests a second", f"{ended / seconds:.1f}"),
+        ("success rate", f"{rate} ({good} of {ended})"),
+        ("", *(f"p{percent}" for percent in PERCENTILES)),
+        ("whole answer", *percentile_cells([outcome.seconds for outcome in run.good])),
+        ("first token", *percentile_cells([outcome.first for outcome in run.good if outcome.first is not None])),
+        ("errors", f"{failed}"),
+        *((f"  {kind}", f"{count}") for kind, count in kinds),
+        *(("for example", f"{kind}: {run.examples[kind]}") for kind, _ in kinds[:1]),
+    ]
+    label = max(len(row[0]) for row in rows) + 2
+    return [(row[0].ljust(label) + "".join(cell.ljust(12) for cell in row[1:])).rstrip() for row in rows]
+
+
+def unreachable(run: LoadRun) -> str | None:
+    """The one reason why nobody heard any request of a run, or None."""
+    only = None if run.good or len(run.failed) != 1 else next(iter(run.failed))
+    return only if only in UNREACHABLE else None
+
+
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 # Arguments, signals, exit codes, and what a user reads at the start.
 
 MODES = ("sdk", "binary", "both")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+LOAD_REQUESTS, LOAD_CONCURRENCY = 100, 50
+INTERRUPTED = 128 + signal.SIGINT  # the exit code that shells give a program that Ctrl-C ended
 EPILOG = """\
 examples:
   %(prog)s --mode sdk                                  the SDK in this process, on 127.0.0.1:8764
@@ -5308,6 +5682,7 @@ examples:
   %(prog)s check                                       is config.yaml right?
   %(prog)s cutover                                     --mode both: the sdk serves the main port from now on
   %(prog)s rollback                                    --mode both: binary serves it again
+  %(prog)s load --stream                               how fast is the proxy that runs on 127.0.0.1:8764?
 
 environment:
   CONFIG_PATH, PROXY_PORT                 defaults of --config and --port
@@ -5325,7 +5700,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     commands = (
-        "serve (default): run the proxy; check: validate the config, exit 1 if it has problems; cutover, rollback: "
+        "serve (default): run the proxy; check: validate the config, exit 1 if it has problems; "
+        "load: measure a running proxy, exit 1 if a request failed; cutover, rollback: "
         "move the main port of the running --mode both to the sdk, back to binary"
     )
     add("command", nargs="?", default="serve", choices=tuple(COMMANDS), help=commands)
@@ -5370,7 +5746,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log-file", metavar="PATH", help="log there too, as JSON lines; rotated at 10 MiB, five older files are kept")
     server_port = "the port of the LiteLLM server that is started (default: %(default)s)"
     add("--litellm-port", metavar="N", type=port_number, default=DEFAULT_LITELLM_PORT, help=server_port)
+    add_load_options(parser)
     return parser
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``load``, in a group of their own."""
+    about = "many requests at once; the key, if one is needed, is LITELLM_MASTER_KEY or the config's master_key"
+    add = parser.add_argument_group("load", about).add_argument
+    in_all, at_a_time = "requests in all (default: %(default)s)", "requests at a time (default: %(default)s)"
+    add("--num-requests", metavar="N", type=positive_number, default=LOAD_REQUESTS, help=in_all)
+    add("--concurrency", metavar="N", type=positive_number, default=LOAD_CONCURRENCY, help=at_a_time)
+    add("--stream", action="store_true", help="ask for streams, and read each to its end")
+    add("--model", metavar="NAME", default="demo", help="the model to ask (default: %(default)s)")
+    add("--url", metavar="URL", help="the proxy to call (default: the one on this machine, at --port)")
 
 
 def positive_number(text: str) -> int:
@@ -5660,9 +6049,34 @@ def printable(line: str) -> str:
     return plain.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def config_if_any(path: str) -> Config:
+    """The config, or an empty one where it is missing or broken: a load test may run far from it."""
+    try:
+        return load_config(path)
+    except ConfigError:
+        return Config(path, {}, (), {}, Mappings(), frozenset(), dict(os.environ), "")
+
+
+def load(arguments: argparse.Namespace) -> int:
+    """Measure a running proxy and print the table; returns 1 if a request failed, 130 after Ctrl-C, else 0."""
+    config = config_if_any(arguments.config)
+    url = f"http://127.0.0.1:{settle(arguments, config).port}" if arguments.url is None else arguments.url
+    target = load_target(url, config.master_key, arguments.model, streamed=arguments.stream)
+    redact = Redactor(config.secrets | environment_secrets())
+    run, seconds = run_load(target, arguments.num_requests, arguments.concurrency)
+    for line in load_report(run, seconds):
+        print(printable(redact(line))[:MAX_LOGGED])
+    if reason := unreachable(run):
+        print(f"error: {target.url}: {reason}: is the proxy running there? --url names another", file=sys.stderr)
+    if run.stopped:
+        return INTERRUPTED
+    return int(len(run.good) < run.requests)
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "serve": serve,
     "check": check,
+    "load": load,
     "cutover": partial(move_traffic, use_sdk=True),
     "rollback": partial(move_traffic, use_sdk=False),
 }

@@ -545,7 +545,7 @@ def test_each_room_uses_only_rooms_above_it() -> None:
 
     upward = {(name.id, name.lineno) for name in runtime_names(tree) if defined.get(name.id, 0) > room(name.lineno)}
     assert not upward
-    assert len(heads) == 16
+    assert len(heads) == 17
 
 
 def test_litellm_and_httpx_are_imported_only_where_they_are_used() -> None:
@@ -1154,10 +1154,13 @@ def test_metrics_are_valid_in_prometheus_format_whatever_their_labels() -> None:
     assert values["process_resident_memory_bytes",] > 10_000_000 and values["process_open_fds",] > 2
 
 
-def test_percentiles_are_of_the_nearest_rank() -> None:
-    ordered = [float(number) for number in range(1, 201)]
-    assert [proxy.percentile(ordered, p) for p in (50, 95, 99, 100)] == [100.0, 190.0, 198.0, 200.0]
-    assert proxy.percentile([7.0], 50) == 7.0 and proxy.percentile([], 50) is None
+@pytest.mark.parametrize(
+    ("count", "ranks"), [(1, (1, 1, 1)), (2, (1, 2, 2)), (3, (2, 3, 3)), (100, (50, 95, 99)), (101, (51, 96, 100))]
+)
+def test_percentiles_are_values_by_nearest_rank(count: int, ranks: tuple[int, ...]) -> None:
+    values = [float(number) for number in range(1, count + 1)]
+    assert tuple(proxy.percentile(values, percent) for percent in proxy.PERCENTILES) == ranks
+    assert proxy.percentile([], 50) is None
 
 
 def test_a_log_file_has_json_lines_without_secrets_and_is_rotated(tmp_path: Path) -> None:
@@ -3569,6 +3572,252 @@ def test_a_switch_to_binary_waits_for_its_server(shared_provider: Provider, prov
         load.wait_for("binary")
     assert not load.failed and load.sides[0] == "sdk"
     assert running.stop() == 0
+
+
+# ── load ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LOAD = [sys.executable, str(MODULE), "load"]
+ALTERED = "import sys, litellm_memory_proxy as p; p.{}; sys.exit(p.main(sys.argv[1:]))"  # one constant, in the child
+
+
+def run_load(
+    folder: Path, *arguments: str, altered: str = "", stderr: int = subprocess.PIPE, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The command `load`, in a folder whose config.yaml it reads if there is one."""
+    command = [sys.executable, "-c", ALTERED.format(altered), "load"] if altered else LOAD
+    environment = clean_environment(PYTHONPATH=str(HERE), **environment)
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        timeout=60,
+    )
+
+
+def table_of(output: str) -> dict[str, str]:
+    """The rows of load's table: label → the rest."""
+    rows = (re.split(r"  +", line.strip(), maxsplit=1) for line in output.splitlines())
+    return {row[0]: row[-1] for row in rows}
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+def test_load_measures_a_running_proxy(
+    request: pytest.FixtureRequest, provider: Provider, tmp_path: Path, mode: str, stream: list[str]
+) -> None:
+    running: Proxy = request.getfixturevalue(mode)
+    result = run_load(tmp_path, "--port", str(running.port), "--num-requests", "40", "--concurrency", "8", *stream)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    table = table_of(result.stdout)
+    assert table["requests"] == "40" and table["errors"] == "0" and table["success rate"] == "100.0 % (40 of 40)"
+    assert float(table["duration"].removesuffix(" s")) > 0 and float(table["requests a second"]) > 0
+    whole, first = (re.findall(r"([\d.]+) ms", table[row]) for row in ("whole answer", "first token"))
+    assert len(whole) == len(first) == 3 and whole == sorted(whole, key=float)
+    assert all(float(early) <= float(late) for early, late in zip(first, whole, strict=True))
+    assert len(provider.got) == (40 if mode == "forward" else 0)  # sdk mode answers for its demo model itself
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_load_sends_chat_requests_over_kept_connections(provider: Provider, tmp_path: Path, stream: list[str]) -> None:
+    before = provider.connections
+    arguments = ("--url", provider.url, "--model", "gpt", "--num-requests", "30", "--concurrency", "3", *stream)
+    assert run_load(tmp_path, *arguments).returncode == 0
+    assert len(provider.got) == 30 and provider.connections - before == 3
+    got = provider.last
+    assert (got.method, got.path, got.header("user-agent")) == ("POST", CHAT, "litellm_memory_proxy/load")
+    assert got.body["model"] == "gpt" and got.body["stream"] is bool(stream) and got.body["messages"]
+    assert got.header("authorization") is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_load_times_the_first_token_apart_from_the_whole(provider: Provider, tmp_path: Path, stream: bool) -> None:
+    """Heads and events without text come at once, the text after 0.2 s, the end after 0.2 s more."""
+    role = openai_chunk({"role": "assistant", "content": ""})
+    body = usual_answer(Got("POST", CHAT, [], b'{"model": "m"}')).body
+    parts = [b": hello\n\n" + role, *openai_stream(["hi"])[:1], b"data: [DONE]\n\n"] if stream else [body[:1], body[1:]]
+    provider.script = lambda _got: Reply(parts=parts, headers=SSE, pause=0.2)
+    arguments = ("--url", provider.url, "--num-requests", "1", *(["--stream"] if stream else []))
+    table = table_of(run_load(tmp_path, *arguments).stdout)
+    whole, first = (float(table[row].split()[0]) for row in ("whole answer", "first token"))
+    assert (190 if stream else 0) < first < 350 and whole > first + 150
+
+
+ERROR_EVENT = sse({"error": {"message": "overloaded", "type": "server_error", "code": 500}})
+FAILING: dict[str, Reply] = {
+    "HTTP 429": Reply(b'{"error": {"message": "slow down"}}', 429),
+    "HTTP 503": Reply(b'{"error": {"message": "the LiteLLM server is starting"}}', 503),
+    "stream cut off": Reply(parts=openai_stream(["hel", "lo"])[:1], headers=SSE, cut=True),
+    "stream cut off ": Reply(parts=openai_stream(["hel", "lo"])[:-1], headers=SSE),
+    "stream cut off  ": Reply(parts=openai_stream(["hel", "lo"]), headers=SSE, cut=True),
+    "error event": Reply(parts=[*openai_stream(["hel"])[:1], ERROR_EVENT, b"data: [DONE]\n\n"], headers=SSE),
+    "answer cut off": Reply(b'{"choices": []', headers={"content-length": "99"}, cut=True),
+    "no chat completion": Reply(b"<html>sign in</html>", headers={"content-type": "text/html"}),
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_load_tells_each_kind_of_failure(provider: Provider, tmp_path: Path, kind: str) -> None:
+    """Every second request fails, and the one after it finds a connection that works."""
+    provider.script = lambda got: FAILING[kind] if len(provider.got) % 2 == 0 else usual_answer(got)
+    stream = [] if kind in ("answer cut off", "no chat completion") else ["--stream"]
+    result = run_load(tmp_path, "--url", provider.url, "--num-requests", "10", "--concurrency", "1", *stream)
+    assert (result.returncode, result.stderr) == (1, "")
+    table = table_of(result.stdout)
+    assert table["errors"] == table[kind.strip()] == "5" and table["success rate"] == "50.0 % (5 of 10)"
+    assert table["for example"].startswith(f"{kind.strip()}: ") and "ms" in table["whole answer"]
+
+
+def test_load_counts_kinds_and_shows_the_most_frequent(provider: Provider, tmp_path: Path) -> None:
+    replies = [FAILING["HTTP 429"], *[FAILING["HTTP 503"]] * 2]
+    provider.script = lambda _got: replies[len(provider.got) % 3]
+    result = run_load(tmp_path, "--url", provider.url, "--num-requests", "9", "--concurrency", "1")
+    table = table_of(result.stdout)
+    assert (result.returncode, table["HTTP 429"], table["HTTP 503"]) == (1, "3", "6")
+    assert table["for example"] == "HTTP 503: the LiteLLM server is starting" and "slow down" not in result.stdout
+    assert re.split(r"  +", table["whole answer"]) == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize("where", ["", "https", "host.invalid"])
+def test_load_says_in_one_line_that_nobody_is_there(provider: Provider, tmp_path: Path, where: str) -> None:
+    port = free_port()
+    url, kind = {
+        "": (f"http://127.0.0.1:{port}", "connection refused"),
+        "https": (f"https://127.0.0.1:{port}", "connection refused"),
+        "host.invalid": ("http://host.invalid:80", "host not found"),
+    }[where]
+    result = run_load(tmp_path, "--url", url, "--num-requests", "20")
+    assert result.returncode == 1 and table_of(result.stdout)[kind] == "20"
+    assert result.stderr.startswith(f"error: {url}: {kind}") and result.stderr.count("\n") == 1
+
+
+def test_load_calls_the_port_that_serve_would_take(provider: Provider, tmp_path: Path) -> None:
+    one, other = str(provider.port), str(free_port())
+    (tmp_path / "config.yaml").write_text("model_list: [")  # broken, which is no obstacle
+    assert run_load(tmp_path, "--num-requests", "1", PROXY_PORT=one).returncode == 0
+    assert run_load(tmp_path, "--num-requests", "1", "--port", one, PROXY_PORT=other).returncode == 0
+    assert run_load(tmp_path, "--num-requests", "1", "--port", other, PROXY_PORT=one).returncode == 1
+
+
+PREFIXES = {"/": "", "/v1": "", "/v1/": "", "/a/b": "/a/b", "/a/v1": "/a", "/av1": "/av1"}
+
+
+@pytest.mark.parametrize(("end", "prefix"), PREFIXES.items())
+def test_load_takes_a_url_with_a_path(provider: Provider, tmp_path: Path, end: str, prefix: str) -> None:
+    assert run_load(tmp_path, "--url", provider.url + end, "--num-requests", "1").returncode == 0
+    assert provider.last.path == prefix + CHAT
+
+
+UNUSABLE_URLS = [
+    "",
+    "127.0.0.1:8764",
+    "http://",
+    "http://h:99999",
+    "http://[::1",
+    "ftp://h",
+    "http://h/ü",
+    "http://h/a b",
+]
+UNUSABLE_URLS += ["http://h?q", "http://user:hidden@h", "http://user:hidden@h:port"]
+
+
+@pytest.mark.parametrize("url", UNUSABLE_URLS)
+def test_load_refuses_an_unusable_url_in_one_line(tmp_path: Path, url: str) -> None:
+    result = run_load(tmp_path, "--url", url)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --url") and result.stderr.count("\n") == 1
+    assert "hidden" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--num-requests", "--concurrency"])
+@pytest.mark.parametrize("number", ["0", "-1", "x"])
+def test_load_refuses_numbers_that_make_no_sense(tmp_path: Path, option: str, number: str) -> None:
+    result = run_load(tmp_path, option, number)
+    assert result.returncode == 2 and option in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("source", ["config", "environment", "broken config"])
+def test_load_shows_the_master_key_to_the_proxy_and_to_nobody_else(
+    provider: Provider, tmp_path: Path, source: str
+) -> None:
+    key = "a-master-key-0123456789"
+    environment = {} if source == "config" else {"LITELLM_MASTER_KEY": key}
+    general = {"master_key": key} if source == "config" else {}
+    document = "[" if source == "broken config" else yaml.safe_dump(config_for(provider, general_settings=general))
+    (tmp_path / "config.yaml").write_text(document)
+    echo = "wrong key " + key + ", \x1b[31mBearer\n " + PROVIDER_KEY
+    provider.script = lambda _got: Reply(json.dumps({"error": {"message": echo}}).encode(), 401)
+    result = run_load(tmp_path, "--url", provider.url, "--num-requests", "2", **environment)
+    assert provider.last.header("authorization") == f"Bearer {key}"
+    assert table_of(result.stdout)["for example"] == "HTTP 401: wrong key [redacted], ?[31mBearer [redacted]"
+    assert key not in result.stdout + result.stderr
+
+
+def test_load_gives_up_on_an_answer_that_takes_too_long(provider: Provider, tmp_path: Path) -> None:
+    """The provider never falls silent for long, so that only the whole request's time can tell."""
+    provider.script = lambda _got: Reply(parts=openai_stream(list("abcdefghij") * 5), headers=SSE, pause=0.1)
+    arguments = ("--url", provider.url, "--stream", "--num-requests", "2")
+    result = run_load(tmp_path, *arguments, altered="REQUEST_SECONDS = 0.5")
+    table = table_of(result.stdout)
+    assert (result.returncode, table["timeout"]) == (1, "2") and float(table["duration"].split()[0]) < 3
+    provider.script = lambda got: Reply(usual_answer(got).body, hold=5)
+    result = run_load(tmp_path, *arguments, altered="REQUEST_SECONDS = 0.5")
+    assert (result.returncode, table_of(result.stdout)["timeout"]) == (1, "2")
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_load_checks_certificates(tmp_path: Path, trusted: bool) -> None:
+    import ssl
+
+    own, certificate = Provider(), self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    own.server.socket = context.wrap_socket(own.server.socket, server_side=True)
+    url = own.url.replace("http:", "https:")
+    environment = {"SSL_CERT_FILE": certificate} if trusted else {}
+    result = run_load(tmp_path, "--url", url, "--num-requests", "4", "--concurrency", "2", "--stream", **environment)
+    assert result.returncode == (0 if trusted else 1), result.stdout
+    assert trusted or table_of(result.stdout)["TLS failed"] == "4"
+
+
+def test_load_stops_at_ctrl_c_with_what_it_has(provider: Provider, tmp_path: Path) -> None:
+    provider.script = lambda got: Reply(usual_answer(got).body, hold=0 if len(provider.got) <= 5 else 30)
+    command = [*LOAD, "--url", provider.url, "--num-requests", "1000", "--concurrency", "2"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    provider.wait_for(7)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (130, "")
+    table = table_of(output)
+    assert table["requests"] == "5 of 1000, then stopped" and table["success rate"] == "100.0 % (5 of 5)"
+
+
+def test_load_draws_a_bar_on_a_terminal_and_leaves_none_behind(provider: Provider, tmp_path: Path) -> None:
+    provider.script = lambda got: Reply(usual_answer(got).body, hold=0.2)
+    master, slave = os.openpty()
+    arguments = ("--url", provider.url, "--num-requests", "8", "--concurrency", "2")
+    result = run_load(tmp_path, *arguments, stderr=slave, COLUMNS="60")
+    os.close(slave)
+    drawn = os.read(master, 65536).decode()
+    os.close(master)
+    assert result.returncode == 0 and "\r" not in result.stdout and "\n" not in drawn
+    before, *bars, blank, after = drawn.split("\r")
+    assert (before, blank, after) == ("", " " * 59, "")
+    assert len(bars) >= 4 and all(re.fullmatch(r"\[#*\.*\] \d of 8 requests", bar) and len(bar) == 59 for bar in bars)
+    filled = [bar.count("#") for bar in bars]
+    assert filled == sorted(filled) and filled[-1] > filled[0] == 0
+
+
+def test_load_prints_lines_where_there_is_no_terminal(provider: Provider, tmp_path: Path) -> None:
+    provider.script = lambda _got: Reply(b"{}", 500, hold=0.5)
+    arguments = ("--url", provider.url, "--num-requests", "6", "--concurrency", "2")
+    result = run_load(tmp_path, *arguments, altered="PROGRESS_SECONDS = 0.6")
+    assert re.fullmatch(r"2 of 6 requests, 2 failed\n4 of 6 requests, 4 failed\n", result.stderr), result.stderr
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
