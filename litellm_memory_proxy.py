@@ -29,13 +29,14 @@ The way of one request, downwards and back (no room calls back up):
 
     client ──► HTTP front ──► application ──► sdk backend ──► asyncio bridge ──► LiteLLM ──► session ──► provider
                one thread     authenticate,   params, frames   one loop, one                 cookies
-               a connection   route, record                    thread
+               a connection   route, record      │ failover    thread
                                          └──► binary backend ──► LiteLLM server (our child, or elsewhere) ──► provider
                                               pooled sockets, bytes in, bytes out
 
 Which thread does what: each client connection has a handler thread that reads the request, waits, and writes the
 answer. In sdk mode the one loop thread runs every LiteLLM call; a handler thread waits on a queue for what it sends.
-In binary mode the handler thread does the forwarding itself. One more thread watches over the LiteLLM server.
+In binary mode the handler thread does the forwarding itself. One more thread watches over the LiteLLM server. The
+main thread waits for signals: it stops the program, or reads the config again and replaces what serves.
 
 The rooms, bottom up; each uses only those above it in this list:
 
@@ -343,6 +344,7 @@ SETTINGS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
     "litellm_settings.request_timeout": ((int, float), lambda n: 0 < n < 1e9, "a number of seconds"),
     "litellm_settings.num_retries": (int, lambda n: n >= 0, "a whole number"),
     "router_settings.timeout": ((int, float), lambda n: 0 < n < 1e9, "a number of seconds"),
+    "router_settings.stream_timeout": ((int, float), lambda n: 0 < n < 1e9, "a number of seconds"),
     "router_settings.num_retries": (int, lambda n: n >= 0, "a whole number"),
     "general_settings.master_key": (str, bool, "a string"),
     "general_settings.experimental": (dict, lambda _: True, "a mapping"),
@@ -471,6 +473,14 @@ class Config:
         """How long a model may take to answer, or to send its next byte."""
         configured = self.section("litellm_settings").get("request_timeout")
         return float(configured or self.section("router_settings").get("timeout") or REQUEST_SECONDS)
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long LiteLLM's server may say nothing: all of its attempts, whole or streamed."""
+        router = self.section("router_settings")
+        retries = router.get("num_retries", self.section("litellm_settings").get("num_retries"))
+        attempts = 1 + (LITELLM_RETRIES if retries is None else int(retries))
+        return max(self.request_seconds, float(router.get("stream_timeout") or 0)) * attempts
 
 
 @dataclass(frozen=True)
@@ -3600,12 +3610,7 @@ class BinaryBackend:
 
     def __init__(self, config: Config, pool: Pool, server: LitellmServer | None = None) -> None:
         self.pool, self.server, self._upstream = pool, server, pool.upstream
-        self._mappings = config.mappings
-        retries = config.section("router_settings").get(
-            "num_retries", config.section("litellm_settings").get("num_retries")
-        )
-        attempts = 1 + (LITELLM_RETRIES if retries is None else int(retries))
-        self._timeout = config.request_seconds * attempts
+        self._mappings, self._timeout = config.mappings, config.silent_seconds
 
     def answer(self, request: Request, route: Route) -> Response:
         """Forward one request.

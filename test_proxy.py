@@ -16,6 +16,7 @@ import importlib
 import io
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -1931,6 +1932,16 @@ def test_streamed_tool_calls_and_thinking_arrive_whole(sdk: Proxy, provider: Pro
     assert json.loads(arguments) == {"city": "Oslo"}
 
 
+def test_a_stream_that_does_not_begin_in_time_is_a_504(provider: Provider) -> None:
+    running = Proxy(config_for(provider, router_settings={"stream_timeout": 0.5}), "--mode", "sdk")
+    provider.script = lambda got: Reply(usual_answer(got).body, parts=usual_answer(got).parts, hold=1.5, headers=SSE)
+    for path, name in DIALECTS:
+        assert running.post(path, body_for(path, name, stream=True)).status_code == 504
+    provider.script = lambda got: Reply(usual_answer(got).body, hold=1)
+    assert running.chat().status_code == 200
+    assert running.stop() == 0
+
+
 def test_a_header_that_is_no_ascii_does_not_fail_the_call(sdk: Proxy, provider: Provider) -> None:
     assert sdk.chat(headers={"x-name": "café".encode()}).status_code == 200
 
@@ -3252,6 +3263,77 @@ def test_threads_and_descriptors_come_back(sdk: Proxy, provider: Provider) -> No
         threads, descriptors = counts()
         assert set(pool.map(one, range(120))) == {200}
     wait_until(lambda: counts()[0] <= threads + 2 and counts()[1] <= descriptors + 40)
+
+
+FUZZ_SEED = 20261123
+FUZZ_PIECES = [
+    b"\r",
+    b"\n",
+    b"\r\n",
+    b"\0",
+    b":",
+    b" ",
+    b"\t",
+    b"\xff",
+    b"Content-Length: 5\r\n",
+    b"Host: localhost\r\n",
+]
+FUZZ_PIECES += [
+    b"Transfer-Encoding: chunked\r\n",
+    b"Expect: 100-continue\r\n",
+    b"Connection: upgrade\r\n",
+    b"0\r\n\r\n",
+]
+FUZZ_PIECES += [b"-1", b"99999999999", b"GET /x HTTP/1.1\r\n", b"Upgrade: h2c\r\n", b'{"model":', b"\\u0000", b"[[[[[["]
+
+
+def fuzz_requests(count: int) -> Iterator[bytes]:
+    """Valid requests with some of their bytes dropped, changed, doubled, or others put in: the same ones each time."""
+    chance = random.Random(FUZZ_SEED)
+    body = json.dumps({**chat_body(), "stream": True}).encode()
+    head = b"POST /v1/chat/completions?a=%%20 HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%b\r\n"
+    valid = [
+        head % (b"Content-Length: %d\r\n" % len(body)) + body,
+        head % b"Transfer-Encoding: chunked\r\n" + proxy.chunk(body[:9]) + proxy.chunk(body[9:]) + proxy.LAST_CHUNK,
+        b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX-Memory-User-Id: me\r\n\r\n" * 2,
+        b"OPTIONS /v1/messages HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n\r\n",
+    ]
+    for _ in range(count):
+        data = bytearray(chance.choice(valid))
+        for _ in range(chance.randint(1, 4)):
+            at, width = chance.randrange(len(data) + 1), chance.randint(0, 12)
+            data[at : at + width] = chance.choice([b"", bytes(data[at : at + 30]), *FUZZ_PIECES])
+        yield bytes(data[: chance.randint(1, len(data) + 1)] if chance.random() < 0.2 else data)
+
+
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+def test_a_storm_of_broken_requests_leaves_nothing_behind(
+    request: pytest.FixtureRequest, provider: Provider, mode: str
+) -> None:
+    running: Proxy = request.getfixturevalue(mode)
+    base = Path(f"/proc/{running.process.pid}")
+    count = lambda name: len(list((base / name).iterdir()))  # noqa: E731
+    running.client.get("/health")
+    before = {name: count(name) for name in ("task", "fd")}
+    output = len(running.lines)
+
+    def one(data: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", running.port), 5) as sock, contextlib.suppress(OSError):
+            sock.sendall(data)
+            if len(data) % 3:
+                sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(0.2)
+            answer = sock.recv(65536)
+            assert not answer or answer.startswith(b"HTTP/1.1 "), (data, answer)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(one, fuzz_requests(1000)))
+    assert running.client.get("/health").json()["status"] == "healthy"
+    assert all(len([name for name, _ in got.headers if name.lower() == "x-sm-user-id"]) == 1 for got in provider.got)
+    wait_until(lambda: all(count(name) <= before[name] + 10 for name in before), 20)
+    wait_until(lambda: samples_of(running)["memory_proxy_requests_in_flight"] == 1)
+    assert running.chat().status_code == 200
+    assert not [line for line in running.lines[output:] if '"defect"' in line or "Traceback" in line]
 
 
 # ── program ──────────────────────────────────────────────────────────────────────────────────────────────────────
