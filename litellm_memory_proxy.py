@@ -76,12 +76,14 @@ import threading
 import time
 import uuid
 import warnings
+import zlib
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from email.message import Message
 from functools import partial
 from http import HTTPStatus
 from importlib import import_module
@@ -91,7 +93,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 from weakref import WeakSet
 
 import yaml
@@ -161,7 +163,7 @@ OWN = "own"  # the backend, in log and metrics, of the endpoints that are our ow
 # One family of errors, each with its HTTP status, and the shapes they take in the two dialects. Nothing here knows
 # sockets or imports litellm: LiteLLM's exceptions are known by the names of their classes.
 
-OPENAI, ANTHROPIC = "openai", "anthropic"
+OPENAI, ANTHROPIC, OLLAMA = "openai", "anthropic", "ollama"
 
 # Status → error type (https://docs.anthropic.com/en/api/errors; OpenAI's types, as its API sends them).
 ANTHROPIC_TYPES = {
@@ -266,7 +268,9 @@ class ProxyError(Exception):
         return self
 
     def body(self, dialect: str) -> dict[str, Any]:
-        """The error body in the given dialect, ``OPENAI`` or ``ANTHROPIC``."""
+        """The error body in the given dialect, ``OPENAI``, ``ANTHROPIC`` or ``OLLAMA``."""
+        if dialect == OLLAMA:
+            return {"error": self.message}
         if dialect == ANTHROPIC:
             default = ANTHROPIC_TYPES.get(self.status, "api_error")
             kind = self.kind if self.kind in ANTHROPIC_TYPES.values() else default  # clients know no others
@@ -285,8 +289,10 @@ class StartError(Exception):
 
 
 def dialect_of(path: str) -> str:
-    """The dialect in which errors on this path are answered: Anthropic's under ``/messages``, else OpenAI's."""
-    return ANTHROPIC if re.match(r"(/v1)?/messages(/|$)", path) else OPENAI
+    """The dialect in which errors on this path are answered: Anthropic's under ``/messages``, else mostly OpenAI's."""
+    if re.match(r"(/v1)?/messages(/|$)", path):
+        return ANTHROPIC
+    return OLLAMA if path.startswith("/api/") else OPENAI
 
 
 def class_status(error: BaseException, table: Mapping[str, int]) -> int | None:
@@ -362,9 +368,11 @@ SETTINGS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
 FRAMING_HEADERS = frozenset("connection content-length content-type host te trailer transfer-encoding upgrade".split())
 
 MEMORY_ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
+CONVERSATION_ID = re.compile(r"[\x21-\x7e]{1,256}")
 FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 §5.1: a token
 ID_RULE = f"memory id ({MEMORY_ID.pattern})"
-MAPPING_KEYS = ("custom_header", "header_patterns", "default_user_id", "inject_header")
+MAPPING_KEYS = ("custom_header", "header_patterns", "default_user_id", "inject_header", "conversation")
+CONVERSATION_KEYS = ("from_headers", "inject_header")
 PATTERN_KEYS = ("header", "pattern", "user_id")
 SECRET_KEY = re.compile(r"(?i)(api[_-]?key|master_key|secret|token|password|credential|authorization)")
 MIN_SECRET_LENGTH = 6  # shorter values ("x", "none") would be redacted out of ordinary words
@@ -419,12 +427,18 @@ class HeaderPattern:
 
 @dataclass(frozen=True)
 class Mappings:
-    """``user_id_mappings``: how request headers become a memory id."""
+    """``user_id_mappings``: how request headers become a memory id, and a conversation id where that is wanted.
+
+    ``conversation_from`` are the headers of which the first that is there gives the conversation id, which is sent on
+    in ``conversation_header``.
+    """
 
     custom_header: str | None = "x-memory-user-id"
     patterns: tuple[HeaderPattern, ...] = ()
     default_user_id: str = "default-dev"
     inject_header: str = "x-sm-user-id"
+    conversation_from: tuple[str, ...] = ()
+    conversation_header: str | None = None
 
 
 @dataclass(frozen=True)
@@ -884,7 +898,36 @@ def check_mappings(section: Any, problems: list[Problem]) -> Mappings:
     problems.extend(repeated_patterns(patterns))
     right = {key: value for key, value in values.items() if key not in wrong}
     lowered = {key: value.lower() if "header" in key and value else value for key, value in right.items()}
-    return Mappings(patterns=patterns, **lowered)
+    return Mappings(patterns=patterns, **lowered, **check_conversation(section, problems))
+
+
+def check_conversation(section: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """``user_id_mappings.conversation`` as fields of `Mappings`; {} where it is absent or wrong."""
+    where, given = "user_id_mappings.conversation", section.get("conversation")
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        problems.append(Problem(where, f"must be a mapping with {' and '.join(CONVERSATION_KEYS)}, not {shown(given)}"))
+        return {}
+    wrong = unknown_keys(given, CONVERSATION_KEYS, where)
+    sources, target = given.get("from_headers") or [], given.get("inject_header") or ""
+    if not (isinstance(sources, list) and sources and all(map(is_header_name, sources))):
+        wrong.append(
+            Problem(f"{where}.from_headers", f"must be a list of header names, not {shown(given.get('from_headers'))}")
+        )
+    if not is_header_name(target) or str(target).lower() in FRAMING_HEADERS:
+        wrong.append(Problem(f"{where}.inject_header", f"must be a header name, not {shown(target)}"))
+    elif str(target).lower() == str(section.get("inject_header", Mappings.inject_header)).lower():
+        wrong.append(Problem(f"{where}.inject_header", "must differ from user_id_mappings.inject_header"))
+    problems.extend(wrong)
+    if wrong:
+        return {}
+    return {"conversation_from": tuple(map(str.lower, sources)), "conversation_header": target.lower()}
+
+
+def is_header_name(value: Any) -> bool:
+    """Whether this can be the name of a header field."""
+    return isinstance(value, str) and FIELD_NAME.fullmatch(value) is not None
 
 
 def mapping_problems(values: Mapping[str, Any]) -> dict[str, str]:
@@ -1017,13 +1060,36 @@ def secrets_in(value: Any, key: str = "") -> Iterator[str]:
 class Route:
     """The memory of one request, and why.
 
-    ``pattern`` is the one that matched; ``invalid`` are (pattern, id) pairs that matched with an unusable id.
+    ``pattern`` is the one that matched; ``invalid`` are (pattern, id) pairs that matched with an unusable id;
+    ``injected`` are the header fields that the memory service is to read.
     """
 
     user_id: str
     pattern: HeaderPattern | None = None
     custom: bool = False
     invalid: tuple[tuple[HeaderPattern, str], ...] = ()
+    injected: tuple[tuple[str, str], ...] = ()
+
+
+def route_request(headers: Headers, mappings: Mappings) -> Route:
+    """The memory, and the conversation where that is wanted, of a request with these headers.
+
+    Raises:
+        ProxyError: 400, see `route_memory`.
+    """
+    route = route_memory(headers, mappings)
+    injected = [(mappings.inject_header, route.user_id)]
+    given = (value for name in mappings.conversation_from for value in headers.values(name))
+    conversation = next((value for value in given if CONVERSATION_ID.fullmatch(value)), None)
+    if mappings.conversation_header and conversation:
+        injected.append((mappings.conversation_header, conversation))
+    return replace(route, injected=tuple(injected))
+
+
+def kept_back(mappings: Mappings) -> set[str]:
+    """The (lower-case) names of a client's header fields that are not sent on: ours stand in their place."""
+    names = (mappings.inject_header, mappings.custom_header, mappings.conversation_header, "x-request-id")
+    return {name for name in names if name}
 
 
 def route_memory(headers: Headers, mappings: Mappings) -> Route:
@@ -1740,6 +1806,7 @@ class Body(Protocol):
     """A request body, read from the client when it is asked for and not before."""
 
     framing: int
+    limit: int
 
     def read(self) -> bytes:
         """All of it; a second call gives the same bytes."""
@@ -1768,6 +1835,11 @@ class Request:
     def path(self) -> str:
         """The path of the target, percent-encoded as sent."""
         return self.target.partition("?")[0]
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The parameters of the target's query; of a name that stands twice, the last."""
+        return dict(parse_qsl(self.target.partition("?")[2], keep_blank_values=True))
 
     @property
     def upgrade(self) -> bool:
@@ -2017,8 +2089,15 @@ SSE_HEADERS = [
 ]
 
 
+def json_line(document: Any) -> bytes:
+    """One line of a stream of JSON lines (application/x-ndjson)."""
+    return json.dumps(document).encode() + b"\n"
+
+
 def sse_error(error: ProxyError, dialect: str) -> bytes:
-    """The event that ends a stream whose head is already out."""
+    """The event that ends a stream whose head is already out; Ollama's streams are JSON lines."""
+    if dialect == OLLAMA:
+        return json_line(error.body(dialect))
     return sse_event(json.dumps(error.body(dialect)), "error" if dialect == ANTHROPIC else None)
 
 
@@ -2270,7 +2349,7 @@ class Exchange:
     ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
     failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where it was an error.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
-    ``anthropic-beta``.
+    ``anthropic-beta``. ``headers_to_add`` go with each request, for routes on which LiteLLM sends none of a client's.
     """
 
     betas: str = ""
@@ -2281,6 +2360,7 @@ class Exchange:
     body: bytes = b""
     fault: Exception | None = None
     challenged: bool = False
+    headers_to_add: Mapping[str, str] = field(default_factory=dict)
 
     def begin(self, host: str) -> None:
         """A request goes out: what an earlier attempt saw is forgotten."""
@@ -2408,6 +2488,7 @@ class Session:
         import httpx
 
         exchange = EXCHANGE.get() or Exchange()
+        request.headers.update(exchange.headers_to_add)
         own = "cookie" in request.headers  # the config names a cookie itself
         cookie = request.headers.get("cookie") if own else self._cookie_for(request.url)
         if exchange.betas and "anthropic-version" in request.headers:
@@ -2632,14 +2713,20 @@ class Endpoint:
     """One row of the model API in sdk mode.
 
     Args:
-        function: the method of LiteLLM's Router that serves it.
+        function: the method of LiteLLM's Router, or of `SdkBackend`, that serves it.
         shape: the fields that the body must have, and their JSON types as Python has them.
-        frames: turns LiteLLM's stream into server-sent events.
+        frames: turns LiteLLM's stream into server-sent events, or Ollama's lines; None: there are no streams.
+        read: makes the parameters out of the request's body.
+        write: makes content type and body out of LiteLLM's result and the model's name for the client.
+        adds_headers: LiteLLM sends no client headers on this route: the session has to.
     """
 
     function: str
     shape: Mapping[str, type | tuple[type, ...]]
-    frames: Callable[[Any, str, Tally], AsyncIterator[bytes]]
+    frames: Callable[[Any, str, Tally], AsyncIterator[bytes]] | None = None
+    read: Callable[[Request], dict[str, Any]] = lambda request: parse_json_object(request)
+    write: Callable[[Any, str], tuple[str, bytes]] = lambda result, model: whole_answer(result, model)
+    adds_headers: bool = False
 
 
 async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -2723,14 +2810,173 @@ async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterato
         )
 
 
-ENDPOINTS: Mapping[str, Endpoint] = {
-    "/chat/completions": Endpoint("acompletion", {"messages": list}, chat_frames),
-    "/messages": Endpoint("aanthropic_messages", {"messages": list, "max_tokens": int}, message_frames),
-    "/responses": Endpoint("aresponses", {"input": (str, list)}, response_frames),
-    "/completions": Endpoint("atext_completion", {"prompt": (str, list)}, chat_frames),
-    "/embeddings": Endpoint("aembedding", {"input": (str, list)}, chat_frames),
+def speech_answer(result: Any, _model: str) -> tuple[str, bytes]:
+    """The sound that a provider has made."""
+    return result.response.headers.get("content-type") or "audio/mpeg", result.response.content
+
+
+def count_answer(result: Any, _model: str) -> tuple[str, bytes]:
+    """Anthropic's answer to how many tokens there are."""
+    return "application/json", json.dumps({"input_tokens": result.total_tokens}).encode()
+
+
+# Ollama's API (https://github.com/ollama/ollama/blob/main/docs/api.md), as far as its clients need it for a chat.
+
+OLLAMA_VERSION = "0.12.0"  # VS Code wants 0.6.4 or later
+OLLAMA_OPTIONS = {"num_predict": "max_tokens", **{n: n for n in "temperature top_p seed stop".split()}}
+
+
+def ollama_params(request: Request) -> dict[str, Any]:
+    """The parameters of OpenAI's API for a body of Ollama's ``/api/chat``, which streams unless told otherwise."""
+    body = parse_json_object(request)
+    given = body.get("options") or {}
+    schema = body.get("format")
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        try:
+            messages = [ollama_message(message) for message in messages]
+        except (LookupError, TypeError, AttributeError):
+            raise ProxyError(400, "a message is malformed", param="messages") from None
+    params = {
+        "model": body.get("model"),
+        "messages": messages,
+        "stream": body.get("stream") is not False,
+        "tools": body.get("tools") or None,
+        **({name: given.get(option) for option, name in OLLAMA_OPTIONS.items()} if isinstance(given, dict) else {}),
+    }
+    if isinstance(schema, dict):
+        params["response_format"] = {"type": "json_schema", "json_schema": {"name": "format", "schema": schema}}
+    elif schema == "json":
+        params["response_format"] = {"type": "json_object"}
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def ollama_message(message: dict[str, Any]) -> dict[str, Any]:
+    """One message of Ollama's as OpenAI's: pictures are parts of it, arguments text, and calls have ids."""
+    kept: dict[str, Any] = {name: message[name] for name in ("role", "content") if name in message}
+    pictures = message.get("images") or ()
+    if pictures:
+        text = {"type": "text", "text": message.get("content") or ""}
+        urls = (f"data:image/png;base64,{picture}" for picture in pictures)
+        kept["content"] = [text, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+    if message.get("tool_calls"):
+        kept["tool_calls"] = [
+            {"id": f"call_{call['function']['name']}", "type": "function", "function": {
+                "name": call["function"]["name"], "arguments": json.dumps(call["function"].get("arguments") or {})}}
+            for call in message["tool_calls"]
+        ]  # fmt: skip
+    if message.get("role") == "tool":
+        name = message.get("tool_name") or message.get("name") or "tool"
+        kept["tool_call_id"] = message.get("tool_call_id") or f"call_{name}"
+    return kept
+
+
+def ollama_reply(model: str, message: dict[str, Any], done: str | None = None, tally: Tally | None = None) -> bytes:
+    """One line of Ollama's answer; ``done`` is why it is the last."""
+    usage = tally.usage() if tally else Usage()
+    stamp = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+    ended = {
+        "done_reason": "length" if done == "length" else "stop",
+        "prompt_eval_count": usage.input_tokens or 0,
+        "eval_count": usage.output_tokens or 0,
+    }
+    line = {"model": model, "created_at": stamp, "message": {"role": "assistant", "content": "", **message}}
+    return json_line({**line, "done": done is not None, **(ended if done is not None else {})})
+
+
+def ollama_calls(calls: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """OpenAI's tool calls, each whole, as part of a message of Ollama's."""
+    said = [{"function": {"name": call["name"], "arguments": call_arguments(call["arguments"])}} for call in calls]
+    return {"tool_calls": said} if said else {}
+
+
+def call_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a tool call; {} where the model wrote no JSON object."""
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = json.loads(text or "{}")
+        if isinstance(arguments, dict):
+            return arguments
+    return {}
+
+
+async def ollama_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
+    """LiteLLM's chunks as Ollama's lines; a tool call is one line, once it is whole."""
+    calls: dict[int, dict[str, str]] = {}
+    reason = "stop"
+    async for part in stream:
+        tally.add(getattr(part, "usage", None))
+        for choice in part.choices:
+            reason = choice.finish_reason or reason
+            thinking = getattr(choice.delta, "reasoning_content", None)
+            if choice.delta.content or thinking:
+                message = {"content": choice.delta.content or "", **({"thinking": thinking} if thinking else {})}
+                yield ollama_reply(model, message)
+            for piece in choice.delta.tool_calls or ():
+                call = calls.setdefault(piece.index, {"name": "", "arguments": ""})
+                call["name"] += piece.function.name or ""
+                call["arguments"] += piece.function.arguments or ""
+    if calls:
+        yield ollama_reply(model, ollama_calls(calls.values()))
+    yield ollama_reply(model, {}, reason, tally)
+
+
+def ollama_answer(result: Any, model: str) -> tuple[str, bytes]:
+    """LiteLLM's whole answer as Ollama's."""
+    choice = result.choices[0]
+    tally = Tally()
+    tally.add(result.usage)
+    thinking = getattr(choice.message, "reasoning_content", None)
+    message = {"content": choice.message.content or "", **({"thinking": thinking} if thinking else {})}
+    message |= ollama_calls(call.function.model_dump() for call in choice.message.tool_calls or ())
+    return "application/json", ollama_reply(model, message, choice.finish_reason or "stop", tally)
+
+
+ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
+    "/chat/completions": {"POST": Endpoint("acompletion", {"messages": list}, chat_frames)},
+    "/messages": {"POST": Endpoint("aanthropic_messages", {"messages": list, "max_tokens": int}, message_frames)},
+    "/messages/count_tokens": {
+        "POST": Endpoint("count_tokens", {"messages": list}, write=count_answer, adds_headers=True)
+    },
+    "/responses": {"POST": Endpoint("aresponses", {"input": (str, list)}, response_frames)},
+    "/responses/{response_id}": {
+        "GET": Endpoint("aget_responses", {"response_id": str}, adds_headers=True),
+        "DELETE": Endpoint("adelete_responses", {"response_id": str}, adds_headers=True),
+    },
+    "/completions": {"POST": Endpoint("atext_completion", {"prompt": (str, list)}, chat_frames)},
+    "/embeddings": {"POST": Endpoint("aembedding", {"input": (str, list)})},
+    "/moderations": {"POST": Endpoint("amoderation", {"input": (str, list)}, adds_headers=True)},
+    "/images/generations": {"POST": Endpoint("aimage_generation", {"prompt": str}, adds_headers=True)},
+    "/rerank": {"POST": Endpoint("arerank", {"query": str, "documents": list}, adds_headers=True)},
+    "/audio/speech": {"POST": Endpoint("aspeech", {"input": str}, write=speech_answer, adds_headers=True)},
+    "/audio/transcriptions": {
+        "POST": Endpoint("atranscription", {"file": tuple}, read=lambda request: parse_form(request), adds_headers=True)
+    },
+    "/api/chat": {
+        "POST": Endpoint("acompletion", {"messages": list}, ollama_frames, read=ollama_params, write=ollama_answer)
+    },
 }
 MODELS_PATH = "/models"
+DEPLOYMENT_PATH = re.compile(r"/(?:openai/deployments|engines)/([^/]+)(/.+)")  # Azure's, and OpenAI's of old
+
+
+class Destination(NamedTuple):
+    """Where a request leads in sdk mode: the rows of its path, and the parameters that the path itself has."""
+
+    methods: Mapping[str, Endpoint]
+    params: Mapping[str, str]
+
+
+def find_destination(path: str) -> Destination | None:
+    """The rows for a path of the model API; None where no row serves it."""
+    deployment = DEPLOYMENT_PATH.fullmatch(path)
+    if deployment:
+        inner = find_destination(deployment[2])
+        return inner and Destination(inner.methods, {**inner.params, "model": unquote(deployment[1])})
+    if path in ENDPOINTS:
+        return Destination(ENDPOINTS[path], {})
+    above, _, last = path.rpartition("/")
+    rows = ENDPOINTS.get(f"{above}/{{response_id}}") if last else None
+    return Destination(rows, {"response_id": unquote(last)}) if rows else None
 
 
 class SdkRuntime:
@@ -2836,11 +3082,11 @@ class SdkBackend:
         for name in self._config.model_names:
             if name not in taken and name not in self.missing_keys:
                 self._log.event("WARNING", "config", "model_list", message=f"LiteLLM cannot use the model {name!r}")
-        for path, endpoint in ENDPOINTS.items():
-            if not hasattr(made, endpoint.function):
-                raise StartError(
-                    f"LiteLLM {version_of('litellm')} has no Router.{endpoint.function}, needed for {path}"
-                )
+        for path, rows in ENDPOINTS.items():
+            for endpoint in rows.values():
+                if not (hasattr(made, endpoint.function) or hasattr(self, endpoint.function)):
+                    version = version_of("litellm")
+                    raise StartError(f"LiteLLM {version} has no Router.{endpoint.function}, needed for {path}")
         return made
 
     def _deployments(self) -> list[dict[str, Any]]:
@@ -2880,7 +3126,7 @@ class SdkBackend:
     @staticmethod
     def calls_a_model(request: Request) -> bool:
         """Whether the request leads to a provider, and so shows whether LiteLLM works."""
-        return api_path(request) in ENDPOINTS
+        return find_destination(api_path(request)) is not None
 
     def answer(self, request: Request, route: Route) -> Response:
         """Serve one request of the model API.
@@ -2889,19 +3135,19 @@ class SdkBackend:
             ProxyError: whatever the client is to be told.
             ClientGone: it left; the call upstream has been cancelled.
         """
+        if request.upgrade:  # Codex tries a WebSocket first, and takes this for "POST it"
+            raise ProxyError(426, "there are no WebSockets in sdk mode", headers=UPGRADE_TO_HTTP)
         path = api_path(request)
-        if path == MODELS_PATH or path.startswith(f"{MODELS_PATH}/"):
-            require_method(request, "GET", "HEAD")
-            return self._models(unquote(path.removeprefix(MODELS_PATH).lstrip("/")))
-        if not path:  # Claude Code asks whether anybody is there
-            require_method(request, "GET", "HEAD")
-            return json_response(200, {"message": "litellm_memory_proxy, sdk mode"})
-        endpoint = ENDPOINTS.get(path)
-        if endpoint is None:
+        fixed = self._fixed_answer(request, path)
+        if fixed:
+            return fixed
+        there = find_destination(path)
+        if there is None:
             raise ProxyError(404, f"{request.path} is not served in sdk mode; binary mode serves all of LiteLLM's API")
-        require_method(request, "POST")
-        params = self._params(request, endpoint)
-        request.model = params["model"]
+        require_method(request, *there.methods)
+        endpoint = there.methods[request.method]
+        params = self._params(request, endpoint, there.params)
+        request.model = params.get("model", "")
         tally = Tally(hidden=self._ask_for_usage(endpoint, params))
         if self._litellm.cache is not None:  # a cached answer has been written with a memory: it is that memory's own
             params["cache"] = {**(params.get("cache") or {}), "namespace": route.user_id}
@@ -2923,6 +3169,24 @@ class SdkBackend:
         response.tally = tally
         return response
 
+    def _fixed_answer(self, request: Request, path: str) -> Response | None:
+        """The answer to a request that leads to no provider; None where it is another."""
+        if path == "/api/show":
+            require_method(request, "POST")
+            return json_response(200, self._ollama_show(parse_json_object(request)))
+        if path == MODELS_PATH or path.startswith(f"{MODELS_PATH}/"):
+            found = self._models(request, unquote(path.removeprefix(MODELS_PATH).lstrip("/")))
+        elif path == "":  # Claude Code asks whether anybody is there
+            found = {"message": "litellm_memory_proxy, sdk mode"}
+        elif path == "/api/version":
+            found = {"version": OLLAMA_VERSION}
+        elif path == "/api/tags":
+            found = {"models": [ollama_model(name) for name in self._model_names()]}
+        else:
+            return None
+        require_method(request, "GET", "HEAD")
+        return json_response(200, found)
+
     @staticmethod
     def _ask_for_usage(endpoint: Endpoint, params: dict[str, Any]) -> bool:
         """Have a chat stream end with its usage, as LiteLLM's server does; whether the client did not want it.
@@ -2930,7 +3194,7 @@ class SdkBackend:
         LiteLLM keeps it from providers that do not know ``stream_options``, and counts by itself there.
         """
         wanted = params.get("stream_options") or {}
-        if endpoint.frames is not chat_frames or params.get("stream") is not True or "messages" not in endpoint.shape:
+        if endpoint.function != "acompletion" or params.get("stream") is not True:
             return False
         if wanted.get("include_usage") is True:
             return False
@@ -2956,12 +3220,16 @@ class SdkBackend:
             return None
         return float(cost)
 
-    def _params(self, request: Request, endpoint: Endpoint) -> dict[str, Any]:
-        """The request body, checked as far as LiteLLM would stumble over it."""
-        params = parse_json_object(request)
+    def _params(self, request: Request, endpoint: Endpoint, given: Mapping[str, str]) -> dict[str, Any]:
+        """The parameters of path and body, checked as far as LiteLLM would stumble over them."""
+        if "response_id" in given:
+            return dict(given)
+        params = {**endpoint.read(request), **given}
         model = params.get("model")
         if not isinstance(model, str) or not model:
             raise ProxyError(400, "the request body must name a model", param="model")
+        if params.get("stream") is True and endpoint.frames is None:
+            raise ProxyError(400, f"{request.path} has no streams", param="stream")
         for name, kind in endpoint.shape.items():
             if not isinstance(params.get(name), kind):
                 types = " or ".join(JSON_TYPES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
@@ -2989,32 +3257,36 @@ class SdkBackend:
         """Call LiteLLM and put the answer into the channel: its head, then, where it is streamed, its events."""
         exchange = Exchange()
         EXCHANGE.set(exchange)
-        model = params["model"]
+        model = params.get("model", "")
         exchange.betas = headers.get("anthropic-beta", "")
         result: Any = None
         started = False
         held: list[bytes] = []
         try:
             self._check_keys(model)
-            result = await getattr(self._router, endpoint.function)(**params, headers=headers)
+            call = getattr(self, endpoint.function, None) or getattr(self._router, endpoint.function)
+            if endpoint.adds_headers:
+                exchange.headers_to_add = headers
+                result = await call(**params)
+            else:
+                result = await call(**params, headers=headers)
             if result is None:
                 raise ProxyError(502, f"LiteLLM gave no answer for {model}", blame=BACKEND)
             refuse_page(exchange)
             tally.price = lambda usage: self._price(model, result, usage)
-            if params.get("stream") is not True:
+            if params.get("stream") is not True or endpoint.frames is None:
                 tally.add(result.get("usage") if isinstance(result, dict) else getattr(result, "usage", None))
-                await channel.put(
-                    Response(200, [JSON_CONTENT, *provider_headers(exchange)], whole_answer(result, model))
-                )
+                kind, body = endpoint.write(result, served_model(result, model))
+                await channel.put(Response(200, [("Content-Type", kind), *provider_headers(exchange)], body))
                 return
             async for data in endpoint.frames(result, served_model(result, model), tally):
                 held.append(data)
                 # The head leaves with the first event that the provider caused, so that an error before it still has a
                 # status of its own: for some providers LiteLLM makes an event of its own before it calls them.
                 if started or exchange.status or len(held) > 1:
-                    await self._send_held(channel, held, exchange, started)
+                    await self._send_held(channel, held, exchange, None if started else dialect)
                     started = True
-            await self._send_held(channel, held, exchange, started)
+            await self._send_held(channel, held, exchange, None if started else dialect)
         except Exception as error:
             failure = self._failure(error, exchange, model)
             if not started:
@@ -3026,11 +3298,12 @@ class SdkBackend:
                 await result.aclose()
 
     @staticmethod
-    async def _send_held(channel: Channel, held: list[bytes], exchange: Exchange, started: bool) -> None:
-        """Put the events that were held back into the channel, before the first of them the head."""
-        if not started:
+    async def _send_held(channel: Channel, held: list[bytes], exchange: Exchange, begins: str | None) -> None:
+        """Put the events that were held back into the channel, where a stream begins in this dialect after its head."""
+        if begins:
             refuse_page(exchange)
-            await channel.put(Response(200, [*SSE_HEADERS, *provider_headers(exchange)], CALL_BODY))
+            fields = NDJSON_HEADERS if begins == OLLAMA else SSE_HEADERS
+            await channel.put(Response(200, [*fields, *provider_headers(exchange)], CALL_BODY))
         for data in held:
             await channel.put(data)
         held.clear()
@@ -3091,18 +3364,49 @@ class SdkBackend:
         covering = (name for name in names if "*" in name and fnmatch.fnmatchcase(model, name))
         return model if model in names else max(covering, key=len, default="")
 
-    def _models(self, wanted: str) -> Response:
-        """``GET /models`` and ``GET /models/{id}``."""
-        rows = [
-            {"id": name, "object": "model", "created": MODEL_CREATED, "owned_by": "openai"}
-            for name in self._model_names()
-        ]
-        if not wanted:
-            return json_response(200, {"data": rows, "object": "list"})
-        for row in rows:
-            if row["id"] == wanted:
-                return json_response(200, row)
-        raise ProxyError(404, f"the model {wanted!r} does not exist", code="model_not_found", param="model")
+    def _models(self, request: Request, wanted: str) -> dict[str, Any]:
+        """``GET /models`` and ``GET /models/{id}``, in the shape of the client's API."""
+        anthropic = bool(request.headers.get("anthropic-version"))
+        rows = [anthropic_model(name) if anthropic else openai_model(name) for name in self._model_names()]
+        if wanted:
+            found = next((row for row in rows if row["id"] == wanted), None)
+            if found is None:
+                raise ProxyError(404, f"the model {wanted!r} does not exist", code="model_not_found", param="model")
+            return found
+        return page_of_models(rows, request.query) if anthropic else {"data": rows, "object": "list"}
+
+    def _ollama_show(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Ollama's ``/api/show``: what LiteLLM knows of a model."""
+        name = body.get("model") or body.get("name")
+        if name not in set(self._model_names()):
+            raise ProxyError(404, f"model {name!r} not found")
+        entry = next((e for e in self._config.document["model_list"] if e["model_name"] == name), None)
+        target = entry["litellm_params"]["model"] if entry else name
+        try:
+            known = self._litellm.get_model_info(target)
+        except Exception:  # LiteLLM's way of saying that it does not know the model
+            known = {}
+        able = (word for word, flag in OLLAMA_ABILITIES.items() if known.get(flag))
+        size = {"general.architecture": "litellm", "litellm.context_length": known.get("max_input_tokens") or 32768}
+        return {**ollama_model(str(name)), "capabilities": ["completion", *able], "model_info": size}
+
+    async def count_tokens(self, **params: Any) -> Any:
+        """How many input tokens Anthropic's ``count_tokens`` body has: the provider's own count where it has one."""
+        deployment = await self._router.async_get_available_deployment(params["model"], request_kwargs={})
+        configured = deployment["litellm_params"]
+        model = configured["model"]
+        provider = configured.get("custom_llm_provider")
+        exchange = EXCHANGE.get()
+        if exchange and isinstance(configured.get("extra_headers"), dict):
+            exchange.headers_to_add = {**exchange.headers_to_add, **configured["extra_headers"]}
+        return await self._litellm.acount_tokens(
+            model=f"{provider}/{model}" if provider else model,
+            messages=params["messages"],
+            tools=params.get("tools"),
+            system=params.get("system"),
+            api_key=configured.get("api_key"),
+            api_base=configured.get("api_base"),
+        )
 
     def _model_names(self) -> Iterator[str]:
         """The configured names; a wildcard such as ``anthropic/*`` stands for the models that LiteLLM knows there."""
@@ -3126,8 +3430,43 @@ class SdkBackend:
         self._router.discard()
 
 
+OLLAMA_ABILITIES = {"tools": "supports_function_calling", "vision": "supports_vision", "thinking": "supports_reasoning"}
+
+
+def openai_model(name: str) -> dict[str, Any]:
+    """A model in OpenAI's list."""
+    return {"id": name, "object": "model", "created": MODEL_CREATED, "owned_by": "openai"}
+
+
+def anthropic_model(name: str) -> dict[str, Any]:
+    """A model in Anthropic's list (https://docs.anthropic.com/en/api/models-list)."""
+    created = datetime.fromtimestamp(MODEL_CREATED, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+
+
+def page_of_models(rows: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
+    """Anthropic's page of a list: at most ``limit`` rows, those behind ``after_id`` or before ``before_id``."""
+    ids = [row["id"] for row in rows]
+    begin = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
+    end = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
+    limit = int(query["limit"]) if re.fullmatch(r"[1-9][0-9]{0,3}", query.get("limit", "")) else len(ids)
+    page = list(rows[begin:end][:limit])
+    more = begin + len(page) < end
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    return {"data": page, "has_more": more, "first_id": first, "last_id": last}
+
+
+def ollama_model(name: str) -> dict[str, Any]:
+    """A model in Ollama's list."""
+    details = {"format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
+    stamp = datetime.fromtimestamp(MODEL_CREATED, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"name": name, "model": name, "modified_at": stamp, "size": 0, "digest": "", "details": details}
+
+
+UPGRADE_TO_HTTP = [("Upgrade", "HTTP/1.1"), ("Connection", "Upgrade")]  # RFC 9110 §15.5.22
+NDJSON_HEADERS = [("Content-Type", "application/x-ndjson"), ("X-Accel-Buffering", "no")]
 CALL_BODY: Iterator[bytes] = iter(())  # stands, in a head from the loop, for "the rest of the channel"
-JSON_TYPES = {list: "array", int: "number", str: "string", dict: "object", bool: "boolean"}
+JSON_TYPES = {list: "array", int: "number", str: "string", dict: "object", bool: "boolean", tuple: "file"}
 # Fields that LiteLLM takes apart itself, with the JSON types that it does not check.
 OPTIONAL_SHAPE = {
     "stream": bool,
@@ -3264,12 +3603,121 @@ def parse_json_object(request: Request) -> dict[str, Any]:
     """The request body.
 
     Raises:
-        ProxyError: 400, it is no JSON object.
+        ProxyError: 400, it is no JSON object; 415, its coding is unknown; 413, it unfolds to more than the limit.
     """
-    document = parse_json(request.body.read())
+    document = parse_json(decoded_body(request))
     if not isinstance(document, dict):
         raise ProxyError(400, "the request body must be a JSON object")
     return document
+
+
+def decoded_body(request: Request) -> bytes:
+    """The request body without its content codings (RFC 9110 §8.4)."""
+    data = request.body.read()
+    for coding in reversed(request.headers.tokens("content-encoding")):
+        if coding == "identity":
+            continue
+        decoder = DECODERS.get(coding)
+        if decoder is None:
+            accepted = [("Accept-Encoding", ", ".join(DECODERS))]  # RFC 9110 §15.5.16
+            raise ProxyError(415, f"the content coding {coding!r} is not known here", headers=accepted)
+        try:
+            data = decoder(data, request.body.limit)
+        except (zlib.error, ValueError, EOFError, OSError) as error:
+            raise ProxyError(400, f"the request body is no valid {coding}: {error}") from None
+        if len(data) > request.body.limit:
+            raise ProxyError(413, f"the request body unfolds to more than {request.body.limit // 2**20} MiB")
+    return data
+
+
+def inflate(data: bytes, limit: int, window: int) -> bytes:
+    """What zlib makes of the bytes, at most one byte more than the limit."""
+    engine = zlib.decompressobj(window)
+    found = engine.decompress(data, limit + 1)
+    if len(found) <= limit and not engine.eof:
+        raise EOFError("it ends early")
+    return found
+
+
+def deflate_body(data: bytes, limit: int) -> bytes:
+    """``deflate``: zlib's format, or, from some clients, the bare one."""
+    try:
+        return inflate(data, limit, zlib.MAX_WBITS)
+    except zlib.error:
+        return inflate(data, limit, -zlib.MAX_WBITS)
+
+
+def zstd_body(data: bytes, limit: int) -> bytes:
+    """``zstd``, which Python has from 3.14 on."""
+    engine = import_module("compression.zstd").ZstdDecompressor()
+    try:
+        found: bytes = engine.decompress(data, limit + 1)
+    except Exception as error:  # ZstdError is a class of a module that may not be there
+        raise ValueError(str(error)) from None
+    if len(found) <= limit and not engine.eof:
+        raise EOFError("it ends early")
+    return found
+
+
+DECODERS: Mapping[str, Callable[[bytes, int], bytes]] = {
+    "gzip": partial(inflate, window=zlib.MAX_WBITS | 16),
+    "x-gzip": partial(inflate, window=zlib.MAX_WBITS | 16),
+    "deflate": deflate_body,
+    **({"zstd": zstd_body} if sys.version_info >= (3, 14) else {}),
+}
+
+
+def parse_form(request: Request) -> dict[str, Any]:
+    """The fields of a ``multipart/form-data`` body (RFC 7578): files as (name, bytes, content type), all else text.
+
+    Raises:
+        ProxyError: 400, it is no such body.
+    """
+    kind = form_header("content-type", request.headers.get("content-type"))
+    boundary = kind.get_boundary()
+    if kind.get_content_type() != "multipart/form-data" or not boundary:
+        raise ProxyError(400, "the request body must be multipart/form-data with a boundary")
+    parts = (b"\r\n" + decoded_body(request)).split(b"\r\n--" + boundary.encode("latin-1"))
+    if len(parts) < 3 or not parts[-1].startswith(b"--"):
+        raise ProxyError(400, "the form in the request body is unfinished")
+    fields: dict[str, Any] = {}
+    for part in parts[1:-1]:
+        head, gap, content = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        headers = parse_fields(head.decode("latin-1")) if gap else Headers(())
+        disposition = form_header("content-disposition", headers.get("content-disposition"))
+        name, file_name = disposition.get_param("name", header="content-disposition"), disposition.get_filename()
+        if not isinstance(name, str):
+            raise ProxyError(400, "a part of the form in the request body has no name")
+        value = content.decode("utf-8", "replace") if file_name is None else (
+            file_name, content, headers.get("content-type") or "application/octet-stream"
+        )  # fmt: skip
+        if name.endswith("[]"):
+            fields.setdefault(name[:-2], []).append(value)
+        else:
+            fields[name] = value
+    return {name: FORM_TYPES_OF.get(name, lambda text: text)(value) for name, value in fields.items()}
+
+
+def form_header(name: str, value: str) -> Message:
+    """One header with parameters, for `email` to take apart."""
+    message = Message()
+    message[name] = value
+    return message
+
+
+def form_number(text: str) -> float:
+    """A number in a form; raises ProxyError 400."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        raise ProxyError(400, f"{text!r} in the form is no number") from None
+
+
+# What is no text in a transcription's form.
+FORM_TYPES_OF: Mapping[str, Callable[[Any], Any]] = {
+    "temperature": form_number,
+    "stream": lambda text: str(text).lower() == "true",
+}
 
 
 def forwarded_to_provider(name: str) -> bool:
@@ -3279,13 +3727,13 @@ def forwarded_to_provider(name: str) -> bool:
 
 def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict[str, str]:
     """The client's headers that LiteLLM is to send on, with the memory id and the request id."""
-    dropped = CREDENTIAL_HEADERS | {mappings.inject_header, mappings.custom_header or "", "x-request-id"}
+    dropped = CREDENTIAL_HEADERS | kept_back(mappings)
     kept = {
         name.lower(): request.headers.get(name.lower())
         for name, value in request.headers.end_to_end(dropped)
         if value.isascii() and forwarded_to_provider(name.lower())  # httpx sends nothing else than ASCII
     }
-    return {**kept, "x-request-id": request.id, mappings.inject_header: route.user_id}
+    return {**kept, "x-request-id": request.id, **dict(route.injected)}
 
 
 def refuse_page(exchange: Exchange) -> None:
@@ -3323,16 +3771,18 @@ def served_model(result: Any, model: str) -> str:
     return str(extra.get("x-litellm-model-group") or model) if fell_back else model
 
 
-def whole_answer(result: Any, model: str) -> bytes:
-    """LiteLLM's result as JSON, naming the model as the client does."""
-    name = served_model(result, model)
+def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
+    """LiteLLM's result as JSON, naming the model as the client does; a transcription may be plain text."""
+    if isinstance(result, str):
+        return "text/plain; charset=utf-8", result.encode()
     if not isinstance(result, dict):
-        copy = result.model_copy(update={"model": name}) if hasattr(result, "model") else result
-        return str(copy.model_dump_json(exclude_none=True)).encode()
+        named = model and getattr(result, "model", None)
+        copy = result.model_copy(update={"model": model}) if named else result
+        return "application/json", str(copy.model_dump_json(exclude_none=True, by_alias=True)).encode()
     document = {key: value for key, value in result.items() if key != "_hidden_params"}
     if document.get("type") == "error":
         raise event_error(b"data:" + json.dumps(document).encode())
-    return json.dumps({**document, "model": name} if "model" in document else document).encode()
+    return "application/json", json.dumps({**document, "model": model} if "model" in document else document).encode()
 
 
 # ── binary backend ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -3644,15 +4094,13 @@ class BinaryBackend:
 
     def _head(self, request: Request, route: Route) -> bytes:
         """The request head for the server: the client's own but for what a proxy changes."""
-        mappings = self._mappings
-        drop = {mappings.inject_header, mappings.custom_header or "", "x-request-id"}
         fields = [
             (name, self._upstream.authority if name.lower() == "host" else value)
-            for name, value in request.headers.end_to_end(drop)
+            for name, value in request.headers.end_to_end(kept_back(self._mappings))
         ]
         if not request.headers.values("host"):
             fields.insert(0, ("Host", self._upstream.authority))
-        fields += [(mappings.inject_header, route.user_id), ("x-request-id", request.id)]
+        fields += [*route.injected, ("x-request-id", request.id)]
         if request.body.framing == CHUNKED:
             fields.append(("Transfer-Encoding", "chunked"))
         if request.upgrade:
@@ -4352,9 +4800,9 @@ class Application:
                 code="invalid_api_key",
             )
 
-    def _route(self, record: Record) -> Route:
+    def _route(self, record: Record, headers: Headers | None = None) -> Route:
         request = record.request
-        route = route_memory(request.headers, record.serving.config.mappings)
+        route = route_request(headers or request.headers, record.serving.config.mappings)
         for pattern, user_id in route.invalid:
             if pattern.pattern not in self._reported:
                 self._reported.add(pattern.pattern)
@@ -4433,7 +4881,8 @@ class Application:
         )
 
     def _info(self, record: Record) -> Response:
-        return json_response(200, route_info(self._route(record)))
+        asked = Headers(record.request.query.items())  # for a client that is not at hand
+        return json_response(200, route_info(self._route(record, asked if asked.fields else None)))
 
     def _stats(self, _record: Record) -> Response:
         return json_response(200, self._metrics.snapshot())
@@ -4511,7 +4960,7 @@ class ClientBody:
     """A request body that is read from its connection when a backend asks for it."""
 
     def __init__(self, reader: Reader, framing: int, limit: int, expects_continue: Callable[[], None] | None) -> None:
-        self.framing, self._reader, self._limit, self._ask = framing, reader, limit, expects_continue
+        self.framing, self._reader, self.limit, self._ask = framing, reader, limit, expects_continue
         self._data: bytes | None = b"" if framing == BODILESS else None
         self.finished = framing == BODILESS
 
@@ -4520,14 +4969,14 @@ class ClientBody:
         if self._data is not None:
             yield self._data
             return
-        if self.framing > self._limit:
+        if self.framing > self.limit:
             raise self._too_large()
         if self._ask:
             self._ask()
         size = 0
         for piece in self._reader.body(self.framing):
             size += len(piece)
-            if size > self._limit:
+            if size > self.limit:
                 raise self._too_large()
             yield piece
         self.finished = True
@@ -4539,7 +4988,7 @@ class ClientBody:
         return self._data
 
     def _too_large(self) -> ProxyError:
-        return ProxyError(413, f"the request body is over {self._limit / (1024 * 1024):g} MiB (--max-body-mb)")
+        return ProxyError(413, f"the request body is over {self.limit / (1024 * 1024):g} MiB (--max-body-mb)")
 
 
 def reason_phrase(status: int) -> str:
@@ -5081,17 +5530,17 @@ class Program:
         self._install(Sides(config, stays, sdk, self._binary(config, old.server), old.server))
         threading.Thread(target=self._switch_later, args=(new, self._loads), name="switch", daemon=True).start()
 
-    def _switch_later(self, new: Sides, load: int) -> None:
+    def _switch_later(self, new: Sides, reading: int) -> None:
         """Switch to a LiteLLM server as soon as it is ready, unless a later config has come before that."""
         server = new.server
         assert server
         fault: StartError | None = None
         try:
-            server.wait(lambda: self._stopped() or self._loads != load)
+            server.wait(lambda: self._stopped() or self._loads != reading)
         except StartError as error:
             fault = error
         with self._lock:
-            overtaken = self._stopped() or self._loads != load
+            overtaken = self._stopped() or self._loads != reading
             if not (fault or overtaken):
                 self._switch(new)
                 return

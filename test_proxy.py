@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import gzip
 import importlib
 import io
 import json
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -488,6 +490,7 @@ def sdk(shared_provider: Provider) -> Iterator[Proxy]:
         model("half", "openai/gpt-4o-mini", f"{shared_provider.url}/v1"),
         model("keyless", "openai/gpt-4o-mini", f"{shared_provider.url}/v1", "os.environ/UNSET_KEY"),
         {"model_name": "implicit", "litellm_params": {"model": "groq/llama-3"}},
+        model("ranker", "cohere/rerank-v3.5", shared_provider.url),
     )
     settings = {"fallbacks": [{"shaky": ["claude"]}], "num_retries": 0}
     running = Proxy(config_for(shared_provider, *models, router_settings=settings))
@@ -635,7 +638,7 @@ def test_environment_references_are_resolved_at_any_depth(tmp_path: Path, monkey
     params = config.document["model_list"][0]["litellm_params"]
     assert params["api_key"] == params["extra_headers"]["x-api-key"] == "deep-secret-value"
     assert "deep-secret-value" in config.secrets
-    monkeypatch.delenv("FROM_CONFIG")
+    assert config.environment["FROM_CONFIG"] == "deep-secret-value" and "FROM_CONFIG" not in os.environ
 
 
 def test_every_problem_is_reported_at_once_with_its_key_path(tmp_path: Path) -> None:
@@ -2186,11 +2189,12 @@ def test_a_litellm_that_loses_cookies_is_found_out_at_the_start(shared_provider:
     config = proxy.load_config(write_config(tmp_path, config_for(shared_provider)))
     with (tmp_path / "log").open("w+") as stream:
         log = proxy.Log(stream, as_json=True, redact=proxy.Redactor())
-        backend = proxy.SdkBackend(config, log, Deaf(None, log))
+        runtime = proxy.SdkRuntime(log, Deaf(None, log))
         try:
-            row = backend.health()["session_manager"]
+            runtime.bridge.run(runtime.prove_cookies())
+            row = proxy.SdkBackend(config, runtime).health()["session_manager"]
         finally:
-            backend.close()
+            runtime.close()
         stream.seek(0)
         assert '"CRITICAL"' in stream.read()
     assert row["status"] == "unhealthy" and "openai" in row["reason"] and "anthropic" in row["reason"]
@@ -2302,6 +2306,256 @@ def test_usage_is_shown_to_those_who_ask_for_it(sdk: Proxy, provider: Provider, 
     parts = [json.loads(data) for _, data in events_of(asked)[:-1]]
     assert parts[-1]["usage"]["total_tokens"] == 5
     assert [part["choices"] for part in quiet] == [part["choices"] for part in parts if part["choices"]][: len(quiet)]
+
+
+COUNTED = b'{"input_tokens": 42}'
+MODERATION = (
+    b'{"id": "modr-1", "model": "omni", "results": [{"flagged": false, "categories": {}, "category_scores": {}}]}'
+)
+IMAGE = b'{"created": 1, "data": [{"url": "http://pictures/1.png"}]}'
+RANKED = (
+    b'{"id": "r1", "results": [{"index": 1, "relevance_score": 0.9}], "meta": {"billed_units": {"search_units": 1}}}'
+)
+OTHER_ROWS = {
+    "/v1/moderations": ("gpt", {"input": "hello"}, "/v1/moderations", MODERATION, "results"),
+    "/v1/images/generations": ("gpt", {"prompt": "a cat"}, "/v1/images/generations", IMAGE, "data"),
+    "/v1/rerank": ("ranker", {"query": "q", "documents": ["a", "b"]}, "/v2/rerank", RANKED, "results"),
+    "/v1/messages/count_tokens?beta=true": (
+        *("claude", {"messages": chat_body()["messages"]}, "/v1/messages/count_tokens", COUNTED, "input_tokens"),
+    ),
+}
+
+
+@pytest.mark.parametrize("path", OTHER_ROWS)
+def test_the_other_rows_reach_the_provider_with_the_memory_header(sdk: Proxy, provider: Provider, path: str) -> None:
+    name, body, upstream, answer, key = OTHER_ROWS[path]
+    provider.script = lambda _got: Reply(answer, headers={"x-supermemory-conversation-id": "c"})
+    response = sdk.post(path, {"model": name, **body}, headers={"user-agent": "claude-cli/2"})
+    assert response.status_code == 200, response.text
+    wanted, found = json.loads(answer)[key], response.json()[key]
+    assert found == wanted or found[0]["flagged"] == wanted[0]["flagged"], "LiteLLM renames a moderation's categories"
+    assert response.headers["x-supermemory-conversation-id"] == "c"
+    got = provider.last
+    assert (got.path.partition("?")[0], got.header("x-sm-user-id")) == (upstream, "claude-code")
+    assert sdk.post(path, {"model": name, **body, "stream": True}).status_code == 400
+    provider.script = status_reply(429)
+    assert sdk.post(path, {"model": name, **body}).status_code in (429, 200), "count_tokens falls back to a tokenizer"
+
+
+def test_tokens_are_counted_by_a_tokenizer_where_the_provider_has_no_count(sdk: Proxy, provider: Provider) -> None:
+    tool = {
+        "name": "f",
+        "description": "d",
+        "input_schema": {"type": "object", "properties": {"a": {"type": "string"}}},
+    }
+    use = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "f", "input": {"a": "b"}}]}
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "done"}]}
+    messages = [*chat_body()["messages"], use, result]
+    body = {"model": "gpt", "messages": messages, "tools": [tool], "system": [{"type": "text", "text": "be kind"}]}
+    provider.script = status_reply(404)
+    few = sdk.post("/v1/messages/count_tokens", {"model": "gpt", "messages": messages[:1]}).json()["input_tokens"]
+    many = sdk.post("/v1/messages/count_tokens", body).json()["input_tokens"]
+    assert 0 < few < many < 500
+
+
+def test_speech_and_transcription(sdk: Proxy, provider: Provider) -> None:
+    provider.script = lambda _got: Reply(b"ID3\x00sound", headers={"content-type": "audio/mpeg"})
+    spoken = sdk.post("/v1/audio/speech", {"model": "gpt", "input": "hello", "voice": "alloy"})
+    assert (spoken.status_code, spoken.headers["content-type"], spoken.content) == (200, "audio/mpeg", b"ID3\x00sound")
+    assert provider.last.header("x-sm-user-id") == "default-dev" and provider.last.body["voice"] == "alloy"
+    sound = bytes(range(256)) * 40 + b"\r\n--not-the-boundary\r\n"
+    provider.script = lambda _got: Reply(b'{"text": "hello"}')
+    upload = {"file": ("a b.wav", sound, "audio/wav")}
+    heard = sdk.client.post("/v1/audio/transcriptions", data={"model": "gpt", "temperature": "0.5"}, files=upload)
+    assert (heard.status_code, heard.json()["text"]) == (200, "hello"), heard.text
+    got = provider.last
+    assert sound in got.raw and b'name="temperature"' in got.raw and b"a b.wav" in got.raw
+    assert got.header("x-sm-user-id") == "default-dev"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        b"",
+        b"--b\r\n",
+        b"--b--\r\n",
+        b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\ngpt\r\n--b--\r\n',
+        b"--b\r\nContent-Disposition: form-data\r\n\r\ngpt\r\n--b--\r\n",
+        b"--b\r\nmodel\r\n--b--",
+        b'--b\r\nContent-Disposition: form-data; name="temperature"\r\n\r\nwarm\r\n--b--\r\n',
+    ],
+)
+def test_a_broken_form_is_a_clear_400(sdk: Proxy, provider: Provider, form: bytes) -> None:
+    for kind in (
+        "multipart/form-data; boundary=b",
+        "multipart/form-data",
+        "text/plain",
+        'multipart/form-data; boundary=""',
+    ):
+        answer = sdk.client.post("/v1/audio/transcriptions", content=form, headers={"content-type": kind})
+        assert answer.status_code == 400 and answer.json()["error"]["message"]
+    assert not provider.got
+
+
+def test_a_stored_response_can_be_fetched_and_deleted(sdk: Proxy, provider: Provider) -> None:
+    made = sdk.post(RESPONSES, {"model": "gpt", "input": "hello"}).json()
+    follow = sdk.post(RESPONSES, {"model": "gpt", "input": "more", "previous_response_id": made["id"]})
+    assert follow.status_code == 200 and provider.last.body["previous_response_id"] == "resp_1"
+    provider.script = lambda _got: Reply(json.dumps(response_object([])).encode())
+    fetched = sdk.client.get(f"/v1/responses/{made['id']}", headers={"user-agent": "claude-cli/2"})
+    assert fetched.status_code == 200 and fetched.json()["object"] == "response", fetched.text
+    assert (provider.last.method, provider.last.path) == ("GET", "/v1/responses/resp_1")
+    assert provider.last.header("x-sm-user-id") == "claude-code"
+    provider.script = lambda _got: Reply(b'{"id": "resp_1", "object": "response", "deleted": true}')
+    deleted = sdk.client.delete(f"/v1/responses/{made['id']}")
+    assert deleted.status_code == 200 and deleted.json()["deleted"] is True
+    assert provider.last.method == "DELETE"
+    assert sdk.client.put(f"/v1/responses/{made['id']}").headers["allow"] == "GET, DELETE"
+
+
+@pytest.mark.parametrize("prefix", ["/openai/deployments/gpt", "/engines/gpt", "/v1/engines/gpt"])
+def test_azures_paths_name_the_model(sdk: Proxy, provider: Provider, prefix: str) -> None:
+    body = {"messages": chat_body()["messages"]}
+    answer = sdk.post(f"{prefix}/chat/completions?api-version=2024-02-01", body, headers={"api-key": "anything"})
+    assert answer.status_code == 200 and answer.json()["model"] == "gpt"
+    assert provider.last.path == "/v1/chat/completions"
+    assert sdk.post(f"{prefix}/embeddings", {"input": "a"}).status_code == 200
+    assert sdk.post(f"{prefix}/nothing", body).status_code == 404
+
+
+CODED = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "gzip, deflate": lambda data: zlib.compress(gzip.compress(data)),
+    "identity": bytes,
+}
+
+
+@pytest.mark.parametrize("coding", CODED)
+def test_compressed_bodies_are_understood(sdk: Proxy, provider: Provider, coding: str) -> None:
+    data = CODED[coding](json.dumps(chat_body()).encode())
+    headers = {"content-encoding": coding, "content-type": "application/json"}
+    assert sdk.client.post(CHAT, content=data, headers=headers).status_code == 200
+    assert provider.last.body["messages"] == chat_body()["messages"]
+    if coding != "identity":
+        for broken in (data[:-5], b"nonsense", b""):
+            assert sdk.client.post(CHAT, content=broken, headers=headers).status_code == 400
+    bare = zlib.compress(json.dumps(chat_body()).encode())[2:-4]
+    assert sdk.client.post(CHAT, content=bare, headers={**headers, "content-encoding": "deflate"}).status_code == 200
+
+
+def test_unknown_codings_and_bombs_are_refused(sdk: Proxy, provider: Provider) -> None:
+    refused = sdk.client.post(MESSAGES, content=b"x", headers={"content-encoding": "br"})
+    assert refused.status_code == 415 and "gzip" in refused.headers["accept-encoding"]
+    assert refused.json()["type"] == "error"
+    bomb = gzip.compress(b" " * (65 * 1024 * 1024))
+    assert len(bomb) < 100_000
+    assert sdk.client.post(CHAT, content=bomb, headers={"content-encoding": "gzip"}).status_code == 413
+    assert not provider.got
+
+
+def test_a_websocket_attempt_is_told_to_use_http(sdk: Proxy, provider: Provider) -> None:
+    fields = {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "a"}
+    answer = sdk.client.get(RESPONSES, headers=fields)
+    assert (answer.status_code, answer.headers["upgrade"]) == (426, "HTTP/1.1")
+    assert sdk.post(RESPONSES, {"model": "gpt", "input": "hello"}).status_code == 200
+
+
+def test_models_have_the_shape_of_the_clients_api(sdk: Proxy) -> None:
+    plain = sdk.client.get("/v1/models?limit=2").json()
+    assert plain["object"] == "list" and len(plain["data"]) > 2
+    names = [row["id"] for row in plain["data"]]
+    version = {"anthropic-version": "2023-06-01"}
+    page = sdk.client.get("/v1/models?limit=2", headers=version).json()
+    assert [row["id"] for row in page["data"]] == names[:2] and page["has_more"]
+    assert (page["first_id"], page["last_id"]) == (names[0], names[1])
+    created = "2023-02-28T18:56:42Z"
+    assert page["data"][0] == {"type": "model", "id": names[0], "display_name": names[0], "created_at": created}
+    rest = sdk.client.get(f"/v1/models?limit=1000&after_id={names[1]}", headers=version).json()
+    assert [row["id"] for row in rest["data"]] == names[2:] and not rest["has_more"]
+    assert len(sdk.client.get("/v1/models", headers=version).json()["data"]) == len(names)
+    assert sdk.client.get("/v1/models/gpt", headers=version).json()["type"] == "model"
+
+
+def test_ollamas_clients_find_their_models(sdk: Proxy, provider: Provider) -> None:
+    assert tuple(map(int, sdk.client.get("/api/version").json()["version"].split("."))) >= (0, 6, 4)
+    assert {"gpt", "claude"} <= {row["name"] for row in sdk.client.get("/api/tags").json()["models"]}
+    shown = sdk.post("/api/show", {"model": "gpt"}).json()
+    assert shown["capabilities"] == ["completion", "tools", "vision"]
+    assert shown["model_info"]["litellm.context_length"] == 128000
+    missing = sdk.post("/api/show", {"model": "none"})
+    assert missing.status_code == 404 and missing.json() == {"error": "model 'none' not found"}
+
+
+def test_ollamas_chat_is_served_whole_and_as_lines(sdk: Proxy, provider: Provider) -> None:
+    body = {"model": "gpt", "messages": [{"role": "user", "content": "hello"}]}
+    whole = sdk.post("/api/chat", {**body, "stream": False, "options": {"num_predict": 7, "temperature": 0.5}}).json()
+    assert whole["message"] == {"role": "assistant", "content": "hello"} and whole["done"] is True
+    assert (whole["done_reason"], whole["prompt_eval_count"], whole["eval_count"]) == ("stop", 3, 2)
+    assert (provider.last.body["max_tokens"], provider.last.body["temperature"]) == (7, 0.5)
+    streamed = sdk.post("/api/chat", body, headers={"user-agent": "claude-cli/2"})
+    assert streamed.headers["content-type"] == "application/x-ndjson"
+    lines = [json.loads(line) for line in streamed.text.splitlines()]
+    assert "".join(line["message"]["content"] for line in lines) == "hello"
+    assert [line["done"] for line in lines] == [False, False, True] and lines[-1]["eval_count"] == 2
+    assert provider.last.header("x-sm-user-id") == "claude-code"
+    provider.script = tool_stream
+    asked = sdk.post("/api/chat", {**body, "tools": [{"type": "function", "function": {"name": "get_weather"}}]})
+    calls = [
+        line["message"]["tool_calls"]
+        for line in map(json.loads, asked.text.splitlines())
+        if "tool_calls" in line["message"]
+    ]
+    assert len(calls) == 1 and calls[0][0]["function"]["name"] == "get_weather"
+    assert isinstance(calls[0][0]["function"]["arguments"], dict)
+
+
+def test_ollamas_messages_are_translated(sdk: Proxy, provider: Provider) -> None:
+    call = {"function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+    messages = [
+        {"role": "user", "content": "what is this?", "images": ["aGk="]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "rain", "tool_name": "get_weather"},
+    ]
+    answer = sdk.post("/api/chat", {"model": "gpt", "stream": False, "format": "json", "messages": messages})
+    assert answer.status_code == 200, answer.text
+    user, assistant, tool = provider.last.body["messages"]
+    assert user["content"][1]["image_url"]["url"] == "data:image/png;base64,aGk="
+    assert json.loads(assistant["tool_calls"][0]["function"]["arguments"]) == {"city": "Oslo"}
+    assert tool["tool_call_id"] == assistant["tool_calls"][0]["id"] and tool["content"] == "rain"
+    assert provider.last.body["response_format"] == {"type": "json_object"}
+    for wrong in (None, "x", [5], [{"role": "assistant", "tool_calls": [{}]}], [{"tool_calls": 5}]):
+        refused = sdk.post("/api/chat", {"model": "gpt", "messages": wrong})
+        assert refused.status_code == 400 and isinstance(refused.json()["error"], str), (wrong, refused.text)
+    assert sdk.post("/api/chat", {"messages": []}).status_code == 400
+
+
+@pytest.mark.parametrize("mode", ["sdk", "binary"])
+def test_a_conversation_id_is_sent_on_where_that_is_wanted(provider: Provider, mode: str) -> None:
+    config = config_for(provider)
+    wanted = {"from_headers": ["x-claude-code-session-id", "session_id"], "inject_header": "x-sm-conversation-id"}
+    config["user_id_mappings"]["conversation"] = wanted
+    running = Proxy(config, "--mode", mode, "--litellm-url", provider.url)
+    cases: list[tuple[dict[str, str], str | None]] = [
+        ({"session_id": "s-1"}, "s-1"),
+        ({"session_id": "s-1", "x-claude-code-session-id": "c-1"}, "c-1"),
+        ({"x-claude-code-session-id": "no good", "session_id": "s-2"}, "s-2"),
+        ({"x-sm-conversation-id": "forged"}, None),
+        ({}, None),
+    ]
+    for headers, conversation in cases:
+        assert running.chat(headers=headers).status_code == 200
+        assert provider.last.header("x-sm-conversation-id") == conversation
+    assert running.stop() == 0
+
+
+def test_the_route_of_a_client_that_is_not_at_hand_can_be_asked_for(sdk: Proxy, forward: Proxy) -> None:
+    for running in (sdk, forward):
+        asked = lambda query, running=running: running.client.get(f"/memory-routing/info?{query}").json()  # noqa: E731
+        assert asked("user-agent=claude-cli/2.1%20(external)")["user_id"] == "claude-code"
+        assert asked("X-Project=shop&user-agent=other")["matched_pattern"]["header"] == "x-project"
+        assert asked("x-memory-user-id=me")["custom_header_present"] is True
+        assert asked("user-agent=")["is_default"] is True
 
 
 def test_an_error_in_mid_stream_is_logged_and_counted_as_one(sdk: Proxy, provider: Provider) -> None:
@@ -3032,8 +3286,7 @@ def test_a_stream_is_in_flight_until_it_ends(request: pytest.FixtureRequest, pro
             if not leave:
                 list(stream)
         wait_until(lambda: in_flight() == 1)
-        line = next(line for line in running.lines if identity in line)
-        assert json.loads(line)["status"] == status
+        assert log_line(running, identity)["status"] == status
 
 
 def test_the_master_key_is_asked_for(shared_provider: Provider) -> None:
