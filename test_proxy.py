@@ -1107,6 +1107,7 @@ def test_a_log_line_cannot_be_forged(tmp_path: Path) -> None:
         with (tmp_path / "log").open("w+") as stream:
             log = proxy.Log(stream, as_json=as_json, redact=proxy.Redactor())
             log.event("INFO", "request", "answered", path='/a\r\n{"level": "forged"}\x1b[31m\u2028')
+            log.flush()
             stream.seek(0)
             text = stream.read()
         assert text.count("\n") == 1 and "\r" not in text and "\x1b" not in text and "\u2028" not in text
@@ -1172,6 +1173,7 @@ def test_a_log_file_has_json_lines_without_secrets_and_is_rotated(tmp_path: Path
     log = proxy.Log(io.StringIO(), as_json=False, redact=proxy.Redactor(["hunter22"]), file=str(path))
     for _ in range(13):
         log.event("INFO", "test", "big", message="x" * 1_000_000, key="hunter22", absent=None)
+    log.flush(10)
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["proxy.log", "proxy.log.1"]
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
@@ -1228,6 +1230,8 @@ def test_the_circuit_breaker_lets_one_of_many_threads_probe() -> None:
 # ── wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MALFORMED_HEADS = {
+    b"\n\nGET / HTTP/1.1\r\nHost: localhost": 400,  # bare line feeds before the request line
+    b"\r\rGET / HTTP/1.1\r\nHost: localhost": 400,
     b"GET / HTTP/1.1\r\nHost: localhost\r\nX : b": 400,  # a space before the colon
     b"GET / HTTP/1.1\r\nHost: localhost\r\n folded": 400,
     b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\rb": 400,
@@ -2195,6 +2199,7 @@ def test_a_litellm_that_loses_cookies_is_found_out_at_the_start(shared_provider:
             row = proxy.SdkBackend(config, runtime).health()["session_manager"]
         finally:
             runtime.close()
+        log.flush()
         stream.seek(0)
         assert '"CRITICAL"' in stream.read()
     assert row["status"] == "unhealthy" and "openai" in row["reason"] and "anthropic" in row["reason"]
@@ -2207,6 +2212,7 @@ def test_a_broken_cookie_file_is_a_warning_and_an_empty_jar(tmp_path: Path, cont
     with (tmp_path / "log").open("w+") as stream:
         log = proxy.Log(stream, as_json=True, redact=proxy.Redactor())
         session = proxy.Session(str(file), log)
+        log.flush()
         stream.seek(0)
         assert "WARNING" in stream.read()
     assert session.cookie_count == 0
@@ -2577,6 +2583,92 @@ def test_the_memory_services_failure_is_seen(sdk: Proxy, forward: Proxy, provide
         provider.script = lambda got, working=working: Reply(usual_answer(got).body, headers=working)
         running.chat()
         assert running.client.get("/health").json()["status"] == "healthy"
+
+
+ODD_USAGES: list[Any] = ["text", [1], 5, {"input_tokens": "abc", "output_tokens": 2}, {"input_tokens": float("nan")}]
+ODD_USAGES += [{"input_tokens": -5, "output_tokens": 10**400}, {"prompt_tokens": None, "completion_tokens": [1]}, {}]
+
+
+@pytest.mark.parametrize("usage", ODD_USAGES, ids=lambda usage: str(usage)[:30])
+def test_odd_usage_figures_cost_nobody_the_answer(sdk: Proxy, provider: Provider, usage: Any) -> None:
+    def script(got: Got) -> Reply:
+        usual = usual_answer(got)
+        if usual.parts is None:
+            return Reply(json.dumps({**json.loads(usual.body), "usage": usage}).encode())
+        pattern = rb'"usage": \{[^}]*\}'
+        said = b'"usage": ' + json.dumps(usage).encode()
+        return Reply(parts=[re.sub(pattern, lambda _: said, part) for part in usual.parts], headers=SSE)
+
+    provider.script = script
+    for stream in (False, True):
+        answer = sdk.messages(stream=stream)
+        assert answer.status_code == 200 and "lo" in answer.text
+        log_line(sdk, answer.headers["x-request-id"])
+    wait_until(lambda: samples_of(sdk)["memory_proxy_requests_in_flight"] == 1)
+    figures = [value for name, value in samples_of(sdk).items() if "tokens" in name or "cost" in name]
+    assert all(0 <= value < 1e12 for value in figures)
+
+
+@pytest.mark.parametrize("cost", ["NaN", "-5", "1e309", "none", ""])
+def test_odd_costs_are_no_costs(forward: Proxy, provider: Provider, cost: str) -> None:
+    provider.script = lambda got: Reply(usual_answer(got).body, headers={"x-litellm-response-cost": cost})
+    answer = forward.chat()
+    assert log_line(forward, answer.headers["x-request-id"])["cost_usd"] is None
+    assert "NaN" not in forward.client.get("/memory-routing/stats").text
+
+
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+def test_hostile_names_spoil_neither_log_nor_metrics(
+    request: pytest.FixtureRequest, provider: Provider, mode: str
+) -> None:
+    running: Proxy = request.getfixturevalue(mode)
+    names = ["\ud83d", PROVIDER_KEY, "sk-abcdefgh12345678", 'say "Bearer abc" now', "x" * 100_000, 'api_key=x"']
+    for number, name in enumerate(names):
+        data = json.dumps(chat_body(name)).encode()
+        identity = f'api_key={number}"'
+        running.client.post(
+            CHAT, content=data, headers={"x-request-id": identity, "x-memory-user-id": f"sk-secret-{number}"}
+        )
+    wait_until(lambda: samples_of(running)["memory_proxy_requests_in_flight"] == 1)
+    for shown in (running.client.get("/metrics").text, running.client.get("/memory-routing/stats").text):
+        assert (
+            PROVIDER_KEY not in shown and "sk-abc" not in shown and "sk-secret" not in shown and "x" * 201 not in shown
+        )
+    for line in running.lines:
+        assert line.startswith("ready: ") or json.loads(line)
+        assert len(line) < 20_000 and "sk-secret" not in line
+
+
+def test_output_that_nobody_reads_holds_up_no_request(shared_provider: Provider, provider: Provider) -> None:
+    config = Path(tempfile.mkdtemp()) / "config.yaml"
+    config.write_text(yaml.safe_dump(config_for(shared_provider)))
+    port = free_port()
+    line = [sys.executable, str(MODULE), "--config", str(config), "--mode", "binary", "--litellm-url", provider.url]
+    with subprocess.Popen(
+        [*line, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment()
+    ) as process:
+        wait_until(lambda: not refuses_connections(port))
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            assert {client.post(CHAT, json=chat_body()).status_code for _ in range(600)} == {200}
+            assert client.get("/health").status_code == 200
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">/dev/full", "2>/dev/full"])
+def test_output_that_is_closed_or_full_is_no_reason_to_stop(shared_provider: Provider, closed: str) -> None:
+    config = Path(tempfile.mkdtemp()) / "config.yaml"
+    config.write_text(yaml.safe_dump(config_for(shared_provider)))
+    port = free_port()
+    command = f'exec "{sys.executable}" "{MODULE}" --config "{config}" --mode binary --port {port}'
+    command += f" --litellm-url {shared_provider.url} {closed}"
+    with subprocess.Popen(
+        ["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=clean_environment()
+    ) as process:
+        wait_until(lambda: not refuses_connections(port))
+        assert httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_a_request_is_one_readable_line_on_a_terminal(shared_provider: Provider, provider: Provider) -> None:
@@ -3318,6 +3410,9 @@ HOSTS = {
     "127.9.9.9": 200,
     "[::1]:8764": 200,
     "app.localhost.": 200,
+    "evil.example#.localhost": 403,
+    "evil.example\\.localhost": 403,
+    ".localhost": 403,
     "evil.example": 403,
     "127.0.0.1.evil.example": 403,
     "localhost.evil.example:8764": 403,
@@ -3337,6 +3432,7 @@ ORIGINS = {
     "file://": 200,
     "null": 403,
     "app": 403,
+    "app://x, http://evil.example": 403,
     "https://evil.example": 403,
     "https://localhost.evil.example": 403,
     "chrome-extension://abc": 403,
@@ -3360,6 +3456,9 @@ def test_only_loopback_hosts_and_origins_are_let_in(
         assert (response.headers.get("access-control-allow-origin") == headers.get("origin", "")) is (
             status == 200 and "origin" in headers
         )
+    assert running.client.get("/v1/models", headers={"sec-fetch-site": "cross-site"}).status_code == 403
+    assert running.client.get("/v1/models", headers={"sec-fetch-site": "same-site"}).status_code == 200
+    assert "checks" in running.client.get("/%68ealth").json(), "LiteLLM's server would call every model"
     assert running.raw(b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 1).startswith(
         b"HTTP/1.1 403 "
     )
@@ -4239,7 +4338,9 @@ def test_sigterm_during_the_start_ends_it(shared_provider: Provider) -> None:
     running.stop()
 
 
-@pytest.mark.parametrize("key", [None, "sk-1234", "fifteen-letters"])
+@pytest.mark.parametrize(
+    "key", [None, "sk-1234", "fifteen-letters", "sk-1234567890abcdef", "a" * 40, "short" + " " * 20]
+)
 def test_an_open_address_without_a_strong_key_is_refused(provider: Provider, key: str | None) -> None:
     general = {"forward_client_headers_to_llm_api": True, "master_key": key}
     arguments = ("--mode", "binary", "--litellm-url", provider.url, "--host", "0.0.0.0")
