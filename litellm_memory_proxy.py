@@ -61,6 +61,7 @@ import ipaddress
 import json
 import logging
 import os
+import random
 import re
 import resource
 import select
@@ -74,7 +75,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 import warnings
 import zlib
 from bisect import bisect_left
@@ -4982,7 +4982,7 @@ def readable_outcome(outcome: Outcome, request: Request) -> str:
 def request_id_of(headers: Headers) -> str:
     """The client's ``x-request-id`` where it is one visible token, else a new one."""
     given = headers.values("x-request-id")
-    return given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else uuid.uuid4().hex
+    return given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else f"{random.getrandbits(128):032x}"
 
 
 # ── HTTP front ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5158,8 +5158,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _refuse(self, error: ProxyError, dialect: str) -> None:
         """Answer a request that could not be read, or not be served, and close."""
         self.close_connection = True
-        self.server.refused(error)
-        self._write(error_bytes(error, dialect))
+        self._write(self.server.refusal(error, dialect))
         self._linger()
 
     def _send(self, request: Request, response: Response) -> None:
@@ -5333,10 +5332,9 @@ class Front(http.server.ThreadingHTTPServer):
         if self.connections.admit(request):
             return True
         error = unavailable("the proxy has as many connections as it may (--max-connections)")
-        self.refused(error)
         with contextlib.suppress(OSError):
             request.setblocking(False)
-            request.sendall(error_bytes(error, OPENAI))
+            request.sendall(self.refusal(error, OPENAI))
         return False
 
     @property
@@ -5363,9 +5361,11 @@ class Front(http.server.ThreadingHTTPServer):
                 "WARNING", "front", "drain", message=f"requests were still running after {DRAIN_SECONDS:g} s"
             )
 
-    def refused(self, error: ProxyError) -> None:
-        """A request was refused before it reached the application."""
+    def refusal(self, error: ProxyError, dialect: str) -> bytes:
+        """The answer to a request that does not reach the application."""
         self._log.event("WARNING", "front", "refused", status=error.status, message=error.message)
+        error.headers.append(("x-proxy-backend", self.application.serving.primary.name))
+        return error_bytes(error, dialect)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """socketserver prints a traceback here; a defect of ours belongs in the log, a vanished client nowhere."""

@@ -3505,6 +3505,7 @@ def test_malformed_requests_are_answered_and_closed(
     first = answer.partition(b"\r\n")[0]
     assert first.startswith(b"HTTP/1.1 %d " % status) and len(re.findall(rb"^HTTP/1", answer, re.M)) == 1
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] and b"Connection: close" in answer
+    assert b"x-proxy-backend: %b" % (b"sdk" if mode == "sdk" else b"binary") in answer
     assert not provider.got
 
 
