@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import contextlib
 import gzip
 import importlib
@@ -21,18 +22,19 @@ import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -40,6 +42,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 import litellm_memory_proxy as proxy
+
+if TYPE_CHECKING:  # run.sh's `oldest` has no anthropic
+    import anthropic
+    import openai
 
 HERE = Path(__file__).parent
 MODULE = HERE / "litellm_memory_proxy.py"
@@ -453,6 +459,11 @@ def config_for(provider: Provider, *more: dict[str, Any], **sections: Any) -> di
             "header_patterns": [
                 {"header": "user-agent", "pattern": "^claude-cli/", "user_id": "claude-code"},
                 {"header": "x-project", "pattern": r"^(?P<name>[\w/]+)$", "user_id": r"app-\g<name>"},
+                {
+                    "header": "user-agent",
+                    "pattern": "^(Async)?(?P<sdk>OpenAI|Anthropic)/Python",
+                    "user_id": r"sdk-\g<sdk>-Python",
+                },
             ]
         },
         "general_settings": {"forward_client_headers_to_llm_api": True},
@@ -1895,14 +1906,14 @@ def test_every_beta_of_a_client_reaches_anthropic(sdk: Proxy, provider: Provider
 TOOL_PARTS = ['{"ci', 'ty": "Os', 'lo"}']
 
 
-def tool_stream(got: Got) -> Reply:
-    """A tool call whose arguments come in three parts, after some thinking where the API has it."""
-    if got.path.endswith("/messages"):
-        start = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {}}
+def tool_stream(got: Got, name: str = "get_weather", arguments: Sequence[str] = TOOL_PARTS) -> Reply:
+    """A tool call whose arguments come in parts, after some thinking where the API has it."""
+    if got.path.partition("?")[0].endswith("/messages"):
+        start = {"type": "tool_use", "id": "toolu_1", "name": name, "input": {}}
         thoughts = [{"type": "thinking_delta", "thinking": "hm"}, {"type": "signature_delta", "signature": "c2ln"}]
         blocks: list[tuple[dict[str, Any], list[dict[str, str]]]] = [
             ({"type": "thinking", "thinking": "", "signature": ""}, thoughts),
-            (start, [{"type": "input_json_delta", "partial_json": part} for part in TOOL_PARTS]),
+            (start, [{"type": "input_json_delta", "partial_json": part} for part in arguments]),
         ]
         events: list[dict[str, Any]] = []
         for index, (block, deltas) in enumerate(blocks):
@@ -1912,9 +1923,9 @@ def tool_stream(got: Got) -> Reply:
         first, _, _, *_, last = anthropic_stream(["x"])
         stop = {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 9}}
         return Reply(parts=[first, *(sse(event, event["type"]) for event in (*events, stop)), last], headers=SSE)
-    first_part = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": ""}}
+    first_part = {"index": 0, "id": "call_1", "type": "function", "function": {"name": name, "arguments": ""}}
     parts = [openai_chunk({"role": "assistant", "content": None, "tool_calls": [first_part]})]
-    parts += [openai_chunk({"tool_calls": [{"index": 0, "function": {"arguments": part}}]}) for part in TOOL_PARTS]
+    parts += [openai_chunk({"tool_calls": [{"index": 0, "function": {"arguments": part}}]}) for part in arguments]
     return Reply(parts=[*parts, openai_chunk({}, "tool_calls"), b"data: [DONE]\n\n"], headers=SSE)
 
 
@@ -4414,6 +4425,300 @@ def test_the_start_warns_where_the_config_would_lose_the_memory(shared_provider:
     running = Proxy(config, "--mode", "binary", "--litellm-url", shared_provider.url)
     assert any("forward_client_headers_to_llm_api" in line and "WARNING" in line for line in running.lines)
     running.stop()
+
+
+# ── real clients ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+CHAT_TOOL: Any = {"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}
+RESPONSES_TOOL: Any = {"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": False}
+ANTHROPIC_TOOL: Any = {"name": "get_weather", "input_schema": WEATHER}
+OPENAI_ARRIVED = ("gpt-4o-mini", "sdk-OpenAI-Python")
+ANTHROPIC_ARRIVED = ("claude-sonnet-4-5", "sdk-Anthropic-Python")
+
+
+def arrived(got: Got) -> tuple[str, str | None]:
+    """The model and the memory id that the provider was asked with."""
+    return got.body["model"], got.header("x-sm-user-id")
+
+
+def responses_call_stream(name: str, arguments: str) -> list[bytes]:
+    item = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": name, "arguments": arguments}
+    done = {**item, "status": "completed"}
+    place = {"item_id": "fc_1", "output_index": 0}
+    events: list[dict[str, Any]] = [
+        {"type": "response.created", "response": {**response_object([]), "status": "in_progress"}},
+        {
+            "type": "response.output_item.added",
+            "output_index": 0,
+            "item": {**item, "arguments": "", "status": "in_progress"},
+        },
+        {"type": "response.function_call_arguments.delta", **place, "delta": arguments},
+        {"type": "response.function_call_arguments.done", **place, "name": name, "arguments": arguments},
+        {"type": "response.output_item.done", "output_index": 0, "item": done},
+        {"type": "response.completed", "response": response_object([done])},
+    ]
+    return [sse({**event, "sequence_number": n}, event["type"]) for n, event in enumerate(events)]
+
+
+def call_reply(got: Got, name: str, arguments: str) -> Reply:
+    """A call of this tool, in the request's own API, whole or streamed."""
+    if not got.path.partition("?")[0].endswith("/responses"):
+        return tool_stream(got, name, [arguments]) if got.body.get("stream") else usual_answer(got)
+    if got.body.get("stream"):
+        return Reply(parts=responses_call_stream(name, arguments), headers=SSE)
+    item = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": name, "arguments": arguments}
+    return Reply(json.dumps(response_object([{**item, "status": "completed"}])).encode())
+
+
+def text_reply(got: Got, text: str) -> Reply:
+    """This text, streamed in the request's own API."""
+    path = got.path.partition("?")[0]
+    if path.endswith("/messages"):
+        return Reply(parts=anthropic_stream([text]), headers=SSE)
+    return Reply(parts=responses_stream(text) if path.endswith("/responses") else openai_stream([text]), headers=SSE)
+
+
+def weather_script(got: Got) -> Reply:
+    """Asks for the weather until the tool's result is there."""
+    if got.method != "POST":
+        return usual_answer(got)
+    if b"sunny" not in got.raw:
+        return call_reply(got, "get_weather", '{"city": "Oslo"}')
+    return usual_answer(Got(got.method, got.path, [], json.dumps({**got.body, "tools": None}).encode()))
+
+
+@pytest.fixture(params=["sdk", "binary"])
+def served(request: pytest.FixtureRequest, provider: Provider) -> Proxy:
+    """Each mode in turn; in binary mode a real LiteLLM server answers."""
+    running: Proxy = request.getfixturevalue(request.param)
+    return running
+
+
+@pytest.fixture
+def openai_client(served: Proxy) -> Iterator[openai.OpenAI]:
+    from openai import DefaultHttpxClient, OpenAI
+
+    http_client = DefaultHttpxClient(trust_env=False)
+    with OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0, http_client=http_client) as client:
+        yield client
+
+
+@pytest.fixture
+def anthropic_client(served: Proxy) -> Iterator[anthropic.Anthropic]:
+    from anthropic import Anthropic, DefaultHttpxClient
+
+    http_client = DefaultHttpxClient(trust_env=False)
+    with Anthropic(base_url=served.url, api_key="any", max_retries=0, http_client=http_client) as client:
+        yield client
+
+
+def test_openai_chat(openai_client: openai.OpenAI, provider: Provider) -> None:
+    completion = openai_client.chat.completions.create(**chat_body(), temperature=0.5)
+    assert completion.choices[0].message.content == "hello" and completion.choices[0].finish_reason == "stop"
+    assert completion.usage and completion.usage.total_tokens == 5
+    assert provider.last.body["temperature"] == 0.5
+    assert arrived(provider.last) == OPENAI_ARRIVED
+
+
+def test_openai_chat_streamed(openai_client: openai.OpenAI, provider: Provider) -> None:
+    stream = openai_client.chat.completions.create(**chat_body(), stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == "hello"
+    assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["stop"]
+    assert chunks[-1].usage and chunks[-1].usage.total_tokens == 5
+    assert provider.last.body["stream_options"] == {"include_usage": True}
+    assert arrived(provider.last) == OPENAI_ARRIVED
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_chat_calls_a_tool(openai_client: openai.OpenAI, provider: Provider, stream: bool) -> None:
+    provider.script = weather_script
+    messages: list[Any] = [{"role": "user", "content": "weather?"}]
+    options: dict[str, Any] = {"model": "gpt", "tools": [CHAT_TOOL]}
+    if stream:
+        with openai_client.chat.completions.stream(messages=messages, **options) as events:
+            asked = events.get_final_completion().choices[0]
+    else:
+        asked = openai_client.chat.completions.create(messages=messages, **options).choices[0]
+    (call,) = asked.message.tool_calls or ()
+    assert asked.finish_reason == "tool_calls" and call.id == "call_1" and call.type == "function"
+    assert call.function.name == "get_weather" and json.loads(call.function.arguments) == {"city": "Oslo"}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    messages += [asked.message.model_dump(exclude_none=True, exclude={"parsed"}), result]
+    answer = openai_client.chat.completions.create(messages=messages, **options)
+    assert answer.choices[0].message.content == "hello"
+    question, assistant, told = provider.last.body["messages"]
+    assert (question["content"], assistant["tool_calls"][0]["id"], told) == ("weather?", "call_1", result)
+    assert [arrived(got) for got in provider.got] == [OPENAI_ARRIVED] * 2
+
+
+def test_openai_models(openai_client: openai.OpenAI) -> None:
+    assert {"gpt", "claude", "demo"} <= {found.id for found in openai_client.models.list()}
+    found = openai_client.models.retrieve("gpt")
+    assert (found.id, found.object) == ("gpt", "model")
+
+
+@pytest.mark.parametrize("options", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}], ids=str)
+def test_openai_embeddings(openai_client: openai.OpenAI, provider: Provider, options: dict[str, Any]) -> None:
+    """The library asks for base64 unless told otherwise, and decodes it; told so itself, it leaves it as it is."""
+    vector = struct.pack("<2f", 0.5, 0.25)
+
+    def script(got: Got) -> Reply:
+        packed = got.body.get("encoding_format") == "base64"
+        value: Any = base64.b64encode(vector).decode() if packed else [0.5, 0.25]
+        data = [{"object": "embedding", "index": index, "embedding": value} for index in range(2)]
+        return Reply(json.dumps({**EMBEDDING, "data": data, "usage": USAGE}).encode())
+
+    provider.script = script
+    answer = openai_client.embeddings.create(model="gpt", input=["a", "b"], **options)
+    asked_for_text = options.get("encoding_format") == "base64"
+    expected: Any = base64.b64encode(vector).decode() if asked_for_text else [0.5, 0.25]
+    assert [row.embedding for row in answer.data] == [expected, expected]
+    assert answer.usage.total_tokens == 5
+    assert provider.last.body["input"] == ["a", "b"]
+    assert arrived(provider.last) == OPENAI_ARRIVED
+
+
+def test_openai_completions(openai_client: openai.OpenAI, provider: Provider) -> None:
+    answer = openai_client.completions.create(model="gpt", prompt="hello")
+    assert answer.choices[0].text == "hello" and answer.usage and answer.usage.total_tokens == 5
+    assert arrived(provider.last) == OPENAI_ARRIVED
+
+
+@pytest.mark.parametrize("served", ["sdk"], indirect=True)
+def test_openai_completions_streamed(openai_client: openai.OpenAI, provider: Provider) -> None:
+    """Not in binary mode: LiteLLM's server itself sends chunks there that the library cannot read."""
+    chunks = list(openai_client.completions.create(model="gpt", prompt="hello", stream=True))
+    assert "".join(chunk.choices[0].text or "" for chunk in chunks if chunk.choices) == "hello"
+    assert arrived(provider.last) == OPENAI_ARRIVED
+
+
+def test_openai_responses(openai_client: openai.OpenAI, provider: Provider) -> None:
+    answer = openai_client.responses.create(model="gpt", input="hello", instructions="be short")
+    assert answer.output_text == "hello" and answer.status == "completed"
+    assert answer.usage and answer.usage.total_tokens == 5
+    assert provider.last.body["instructions"] == "be short"
+    assert arrived(provider.last) == OPENAI_ARRIVED
+
+
+def test_openai_responses_streamed(openai_client: openai.OpenAI, provider: Provider) -> None:
+    events = list(openai_client.responses.create(model="gpt", input="hello", stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "hello"
+    assert events[0].type == "response.created"
+    assert events[-1].type == "response.completed" and events[-1].response.output_text == "hello"
+    assert arrived(provider.last) == OPENAI_ARRIVED
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_responses_call_a_function(openai_client: openai.OpenAI, provider: Provider, stream: bool) -> None:
+    provider.script = weather_script
+    talk: list[Any] = [{"role": "user", "content": "weather?"}]
+    options: dict[str, Any] = {"model": "gpt", "tools": [RESPONSES_TOOL]}
+    if stream:
+        with openai_client.responses.stream(input=talk, **options) as events:
+            asked: Any = events.get_final_response()
+    else:
+        asked = openai_client.responses.create(input=talk, **options)
+    (call,) = asked.output
+    assert (call.type, call.name, call.call_id) == ("function_call", "get_weather", "call_1")
+    assert json.loads(call.arguments) == {"city": "Oslo"}
+    made = {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments}
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    assert openai_client.responses.create(input=[*talk, made, result], **options).output_text == "hello"
+    assert provider.last.body["input"][1:] == [made, result]
+    assert [arrived(got) for got in provider.got] == [OPENAI_ARRIVED] * 2
+
+
+def test_openai_async(served: Proxy, provider: Provider) -> None:
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    async def talk() -> tuple[str | None, str]:
+        http_client = DefaultAsyncHttpxClient(trust_env=False)
+        options: dict[str, Any] = {"api_key": "any", "max_retries": 0, "http_client": http_client}
+        async with AsyncOpenAI(base_url=f"{served.url}/v1", **options) as client:
+            whole = await client.chat.completions.create(**chat_body())
+            stream = await client.chat.completions.create(**chat_body(), stream=True)
+            pieces = [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
+            return whole.choices[0].message.content, "".join(pieces)
+
+    assert asyncio.run(talk()) == ("hello", "hello")
+    assert [arrived(got) for got in provider.got] == [OPENAI_ARRIVED] * 2
+
+
+def test_anthropic_messages(anthropic_client: anthropic.Anthropic, provider: Provider) -> None:
+    message = anthropic_client.messages.create(**messages_body(), system="be short")
+    assert [(block.type, block.text) for block in message.content if block.type == "text"] == [("text", "hello")]
+    assert (message.stop_reason, message.usage.input_tokens, message.usage.output_tokens) == ("end_turn", 3, 2)
+    assert provider.last.body["system"] == "be short"
+    assert arrived(provider.last) == ANTHROPIC_ARRIVED
+
+
+def test_anthropic_messages_streamed(anthropic_client: anthropic.Anthropic, provider: Provider) -> None:
+    with anthropic_client.messages.stream(**messages_body()) as stream:
+        types = [event.type for event in stream]
+        message = stream.get_final_message()
+    assert types[0] == "message_start" and types[-1] == "message_stop" and types.count("text") == 2
+    assert [block.text for block in message.content if block.type == "text"] == ["hello"]
+    assert (message.stop_reason, message.usage.output_tokens) == ("end_turn", 2)
+    assert arrived(provider.last) == ANTHROPIC_ARRIVED
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropic_thinks_and_calls_a_tool(
+    anthropic_client: anthropic.Anthropic, provider: Provider, stream: bool
+) -> None:
+    provider.script = weather_script
+    talk: list[Any] = [{"role": "user", "content": "weather?"}]
+    thinking: Any = {"type": "enabled", "budget_tokens": 1024}
+    options: dict[str, Any] = {"model": "claude", "max_tokens": 3000, "tools": [ANTHROPIC_TOOL], "thinking": thinking}
+    if stream:
+        with anthropic_client.messages.stream(messages=talk, **options) as events:
+            asked: Any = events.get_final_message()
+    else:
+        asked = anthropic_client.messages.create(messages=talk, **options)
+    thought, use = asked.content
+    assert (thought.type, thought.thinking, use.type, use.id) == ("thinking", "hm", "tool_use", "toolu_1")
+    assert (use.name, use.input, asked.stop_reason) == ("get_weather", {"city": "Oslo"}, "tool_use")
+    result = {"type": "tool_result", "tool_use_id": use.id, "content": "sunny"}
+    blocks = [block.model_dump(exclude_none=True) for block in asked.content]
+    talk += [{"role": "assistant", "content": blocks}, {"role": "user", "content": [result]}]
+    answer = anthropic_client.messages.create(messages=talk, **options)
+    assert [block.text for block in answer.content if block.type == "text"] == ["hello"]
+    _, assistant, told = provider.last.body["messages"]
+    assert assistant["content"][0]["signature"] == thought.signature and told["content"] == [result]
+    assert provider.last.body["thinking"] == thinking
+    assert [arrived(got) for got in provider.got] == [ANTHROPIC_ARRIVED] * 2
+
+
+def test_anthropic_count_tokens(anthropic_client: anthropic.Anthropic, provider: Provider) -> None:
+    provider.script = lambda got: Reply(json.dumps({"input_tokens": len(got.raw) // 4}).encode())
+    short = {"model": "claude", "messages": [{"role": "user", "content": "hello"}]}
+    long = {"model": "claude", "messages": [{"role": "user", "content": "hello " * 100}]}
+    few, many = (anthropic_client.messages.count_tokens(**body).input_tokens for body in (short, long))
+    assert 0 < few < 100 <= many
+
+
+def test_anthropic_models(anthropic_client: anthropic.Anthropic) -> None:
+    models = {found.id: found for found in anthropic_client.models.list()}
+    assert {"gpt", "claude", "demo"} <= set(models)
+    assert models["claude"].type == "model" and models["claude"].display_name and models["claude"].created_at
+
+
+def test_anthropic_async(served: Proxy, provider: Provider) -> None:
+    from anthropic import AsyncAnthropic, DefaultAsyncHttpxClient
+
+    async def talk() -> tuple[str, str]:
+        http_client = DefaultAsyncHttpxClient(trust_env=False)
+        options: dict[str, Any] = {"api_key": "any", "max_retries": 0, "http_client": http_client}
+        async with AsyncAnthropic(base_url=served.url, **options) as client:
+            whole = await client.messages.create(**messages_body())
+            async with client.messages.stream(**messages_body()) as stream:
+                return text_of(MESSAGES, whole.model_dump()), await stream.get_final_text()
+
+    assert asyncio.run(talk()) == ("hello", "hello")
+    assert [arrived(got) for got in provider.got] == [ANTHROPIC_ARRIVED] * 2
 
 
 # ── run.sh and README ────────────────────────────────────────────────────────────────────────────────────────────
