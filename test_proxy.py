@@ -5,6 +5,7 @@ by `Provider`, an HTTP server that answers from a script and records what it got
 
     ./run.sh test                 all of it (about three minutes; installs LiteLLM's server the first time)
     ./run.sh test -k routing      some of it
+    ./run.sh clients              the real clients that npm has, in both modes
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -4721,6 +4723,243 @@ def test_anthropic_async(served: Proxy, provider: Provider) -> None:
     assert [arrived(got) for got in provider.got] == [ANTHROPIC_ARRIVED] * 2
 
 
+# ── the clients command ──────────────────────────────────────────────────────────────────────────────────────────
+
+CLIENTS = HERE / ".clients"
+TURN_SECONDS = 60
+PLAIN_TEXT, FINAL_TEXT = "All is well here.", "The command has run."
+# The result is not in the call: whoever has it has run the command.
+SHELL_COMMAND, SHELL_RESULT = "echo result-$((40 + 2))", "result-42"
+
+
+@dataclass(frozen=True)
+class RealClient:
+    """A client as its users run it; BASE stands for the proxy's URL, PROMPT for what is asked."""
+
+    name: str
+    package: str
+    version: str
+    command: tuple[str, ...]
+    tool: str
+    arguments: dict[str, str]
+    memory: str
+    environment: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # path under HOME → text
+    setup: str | None = None  # the package's install script
+
+
+# The provider is ours: what it has the clients run is SHELL_COMMAND, so that the sandbox, which is not everywhere, may
+# be off.
+CODEX = ("codex", "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "PROMPT")
+CODEX_PROVIDER = """\
+model = "gpt-5"
+model_provider = "proxy"
+
+[model_providers.proxy]
+name = "proxy"
+base_url = "BASE/v1"
+wire_api = "responses"
+env_key = "PROXY_KEY"
+"""
+OPENCODE_PROVIDER = {
+    "npm": "@ai-sdk/openai-compatible",
+    "options": {"baseURL": "BASE/v1", "apiKey": "anything"},
+    "models": {"gpt-5": {}},
+}
+REAL_CLIENTS = [
+    RealClient(
+        name="Claude Code",
+        package="@anthropic-ai/claude-code",
+        version="2.1.197",
+        command=("claude", "-p", "PROMPT", "--model", "claude-sonnet-4-5", "--allowedTools", "Bash"),
+        tool="Bash",
+        arguments={"command": SHELL_COMMAND, "description": "Add"},
+        memory="claude-code",
+        environment={
+            "ANTHROPIC_BASE_URL": "BASE",
+            "ANTHROPIC_AUTH_TOKEN": "anything",
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        },
+        setup="install.cjs",
+    ),
+    RealClient(
+        name="Codex, model_providers",
+        package="@openai/codex",
+        version="0.169.0",
+        command=CODEX,
+        tool="exec_command",
+        arguments={"cmd": SHELL_COMMAND},
+        memory="codex",
+        environment={"PROXY_KEY": "anything"},
+        files={".codex/config.toml": CODEX_PROVIDER},
+    ),
+    RealClient(  # tries a WebSocket first
+        name="Codex, openai_base_url",
+        package="@openai/codex",
+        version="0.169.0",
+        command=CODEX,
+        tool="exec_command",
+        arguments={"cmd": SHELL_COMMAND},
+        memory="codex",
+        environment={"CODEX_API_KEY": "anything"},
+        files={".codex/config.toml": 'model = "gpt-5"\nopenai_base_url = "BASE/v1"\n'},
+    ),
+    RealClient(
+        name="opencode",
+        package="opencode-ai",
+        version="1.18.33",
+        command=("opencode", "run", "--model", "proxy/gpt-5", "PROMPT"),
+        tool="bash",
+        arguments={"command": SHELL_COMMAND, "description": "Add"},
+        memory="opencode",
+        environment={"OPENCODE_DISABLE_MODELS_FETCH": "1", "OPENCODE_DISABLE_AUTOUPDATE": "1"},
+        files={".config/opencode/opencode.json": json.dumps({"provider": {"proxy": OPENCODE_PROVIDER}})},
+        setup="postinstall.mjs",
+    ),
+]
+
+
+def progress(said: str) -> None:
+    print(f"clients: {said}", file=sys.stderr, flush=True)
+
+
+def install_clients() -> None:
+    """The pinned versions from npm. Their install scripts are run by hand: npm's settings may forbid them."""
+    wanted = list(dict.fromkeys(f"{client.package}@{client.version}" for client in REAL_CLIENTS))
+    stamp = CLIENTS / "installed"  # written last: an installation that was broken off is done again
+    if stamp.exists() and stamp.read_text().split() == wanted:
+        return
+    progress(f"installing into {CLIENTS.name}: {' '.join(wanted)} (1 GB)")
+    CLIENTS.mkdir(exist_ok=True)
+    npm = ["npm", "install", "--prefix", str(CLIENTS), "--ignore-scripts", "--no-audit", "--no-fund", "--save-exact"]
+    subprocess.run([*npm, *wanted], cwd=CLIENTS, check=True, stdout=sys.stderr)
+    for client in REAL_CLIENTS:
+        if client.setup:
+            folder = CLIENTS / "node_modules" / client.package
+            subprocess.run(["node", client.setup], cwd=folder, check=True, stdout=sys.stderr)
+    stamp.write_text("\n".join(wanted))
+
+
+def tool_names(body: dict[str, Any]) -> set[str | None]:
+    return {tool.get("name") or tool.get("function", {}).get("name") for tool in body.get("tools") or ()}
+
+
+def client_script(client: RealClient, calls_tool: bool) -> Callable[[Got], Reply]:
+    """Answers the turn, with a call of the client's tool first; side calls, which offer no tools, get a title."""
+
+    def script(got: Got) -> Reply:
+        if got.method != "POST" or not got.body.get("stream"):
+            return usual_answer(got)
+        if client.tool not in tool_names(got.body):
+            return text_reply(got, "A title")
+        if not calls_tool:
+            return text_reply(got, PLAIN_TEXT)
+        if SHELL_RESULT.encode() in got.raw:
+            return text_reply(got, FINAL_TEXT)
+        return call_reply(got, client.tool, json.dumps(client.arguments))
+
+    return script
+
+
+def run_client(client: RealClient, base: str, prompt: str) -> tuple[int | None, str, str]:
+    """One run in a fresh HOME and an empty folder: exit code (None: it took too long), output, errors."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        home, work = Path(folder) / "home", Path(folder) / "work"
+        work.mkdir()
+        for name, text in client.files.items():
+            (home / name).parent.mkdir(parents=True)
+            (home / name).write_text(text.replace("BASE", base))
+        home.mkdir(exist_ok=True)
+        binary, *arguments = (prompt if part == "PROMPT" else part for part in client.command)
+        node = Path(shutil.which("node") or "").parent
+        environment = {name: value.replace("BASE", base) for name, value in client.environment.items()}
+        environment |= {"HOME": str(home), "PATH": f"{node}{os.pathsep}{os.defpath}", "TMPDIR": folder}
+        process = subprocess.Popen(
+            [str(CLIENTS / "node_modules" / ".bin" / binary), *arguments],
+            cwd=work,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, errors = process.communicate(timeout=TURN_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # Codex and opencode start processes of their own
+            return None, *process.communicate()
+    return process.returncode, output, errors
+
+
+def failure_of(client: RealClient, base: str, provider: Provider, calls_tool: bool) -> str | None:
+    """Play one turn: what went wrong, with the last lines of the client's output."""
+    provider.got.clear()
+    provider.script = client_script(client, calls_tool)
+    code, output, errors = run_client(client, base, "Run the command." if calls_tool else "How are things?")
+    memories = {got.header("x-sm-user-id") for got in provider.got if got.method == "POST"}
+    wrong = []
+    if code != 0:
+        wrong.append(f"no end within {TURN_SECONDS} s" if code is None else f"exit code {code}")
+    if (FINAL_TEXT if calls_tool else PLAIN_TEXT) not in output:
+        wrong.append("the answer was not printed")
+    if calls_tool and not any(SHELL_RESULT.encode() in got.raw for got in provider.got):
+        wrong.append("the tool's result did not reach the provider")
+    if memories != {client.memory}:
+        wrong.append(f"memory ids {sorted(map(str, memories))} instead of {client.memory}")
+    return "\n".join([", ".join(wrong), *(output + errors).splitlines()[-15:]]) if wrong else None
+
+
+def client_rows(mode: str, provider: Provider) -> Iterator[tuple[list[str], list[str]]]:
+    """For each client its row of the table, and what failed."""
+    shipped = yaml.safe_load((HERE / "config.yaml").read_text())["user_id_mappings"]
+    models = (
+        model("gpt-*", "openai/gpt-*", f"{provider.url}/v1"),
+        model("claude-*", "anthropic/claude-*", provider.url, ANTHROPIC_KEY),
+    )
+    port = ["--litellm-port", str(free_port())] if mode == "binary" else []
+    progress(f"starting the proxy in {mode} mode")
+    running = Proxy(config_for(provider, *models, user_id_mappings=shipped), "--mode", mode, *port)
+    try:
+        for client in REAL_CLIENTS:
+            results, failures, requests = [], [], 0
+            for kind in ("turn", "tool call"):
+                progress(f"{client.name}, {mode}: {kind}")
+                failure = failure_of(client, running.url, provider, kind == "tool call")
+                requests += len(provider.got)
+                results.append("FAILED" if failure else "ok")
+                failures += [f"{client.name}, {mode}, {kind}: {failure}"] if failure else []
+            yield [client.name, client.version, mode, *results, str(requests)], failures
+    finally:
+        running.stop()
+
+
+def run_clients() -> int:
+    """``./run.sh clients``: each client in each mode; 1 if one failed, 2 without Node."""
+    missing = [name for name in ("node", "npm") if not shutil.which(name)]
+    if missing:
+        progress(f"{' and '.join(missing)} not found: install Node.js 20 or later")
+        return 2
+    install_clients()
+    provider = Provider()
+    found = [row for mode in ("sdk", "binary") for row in client_rows(mode, provider)]
+    rows = [["client", "version", "mode", "turn", "tool call", "requests"], *(row for row, _ in found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    failures = [failure for _, failed in found for failure in failed]
+    print("\n".join(f"\n{failure}" for failure in failures), end="\n" if failures else "")
+    return 1 if failures else 0
+
+
+def test_the_clients_command_without_node_is_one_clear_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(HERE / "test_proxy.py"), "clients"]
+    environment = {**clean_environment(), "PATH": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    said = "clients: node and npm not found: install Node.js 20 or later\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", said)
+
+
 # ── run.sh and README ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -4755,3 +4994,9 @@ def test_the_readmes_own_commands_work(tmp_path: Path) -> None:
     finally:
         process.terminate()
         assert process.wait(40) == 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["clients"]:
+        sys.exit("usage: test_proxy.py clients (the tests themselves: ./run.sh test)")
+    sys.exit(run_clients())
