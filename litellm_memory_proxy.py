@@ -42,7 +42,7 @@ The rooms, bottom up; each uses only those above it in this list:
 
     constants · errors · configuration · memory routing · logs and metrics · circuit breaker · wire ·
     asyncio bridge · session · sdk backend · binary backend · failover · application · HTTP front ·
-    program · load · command line
+    program · load · parity · command line
 
 POSIX only (Linux, macOS, WSL). Meant for loopback and small trusted networks: it is no edge server.
 """
@@ -73,6 +73,7 @@ import ssl
 import string
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -88,7 +89,7 @@ from functools import partial
 from http import HTTPStatus
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from queue import Full, Queue, SimpleQueue
@@ -2803,8 +2804,10 @@ def is_bare(part: Any) -> bool:
     return not any(choice.finish_reason or choice.delta.model_dump(exclude_none=True) for choice in part.choices)
 
 
-async def message_frames(stream: Any, _model: str, tally: Tally) -> AsyncIterator[bytes]:
+async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """Anthropic's events: LiteLLM hands them on as the bytes that they are, cut anywhere.
+
+    The first of them names the model as the client does, and all others stay as they are.
 
     Raises:
         ProxyError: for the provider's error event, and 502 where the stream ended before its ``message_stop``.
@@ -2824,12 +2827,26 @@ async def message_frames(stream: Any, _model: str, tally: Tally) -> AsyncIterato
         good, error, said = (b"\n" + events).partition(b"\nevent: error\n")
         count_usage(good, tally)
         if good.strip():
-            yield good[1:].rstrip(b"\n") + b"\n\n"
+            yield with_model(good[1:].rstrip(b"\n"), model) + b"\n\n"
         if error:
             raise event_error(said)
         ended = ended or b"event: message_stop" in good
     if not ended:
         raise ProxyError(502, "the provider's stream ended early", blame=BACKEND)
+
+
+def with_model(events: bytes, model: str) -> bytes:
+    """Anthropic's events, the ``message_start`` among them with this model."""
+    before, mark, rest = events.partition(b"event: message_start\ndata:")
+    if not mark:
+        return events
+    line, end, after = rest.partition(b"\n")
+    try:
+        document = json.loads(line)
+        document["message"]["model"] = model
+    except (ValueError, LookupError, TypeError):
+        return events
+    return before + mark + b" " + json.dumps(document).encode() + end + after
 
 
 def count_usage(events: bytes, tally: Tally) -> None:
@@ -3836,7 +3853,12 @@ def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
     if not isinstance(result, dict):
         named = model and getattr(result, "model", None)
         copy = result.model_copy(update={"model": model}) if named else result
-        return "application/json", str(copy.model_dump_json(exclude_none=True, by_alias=True)).encode()
+        # OpenAI's schema demands the nulls of a response, and the content of a chat's message beside tool calls.
+        bare = getattr(result, "object", None) != "response"
+        answer = copy.model_dump(mode="json", exclude_none=bare, by_alias=True)
+        for choice in answer.get("choices") or ():
+            choice.get("message", {}).setdefault("content", None)
+        return "application/json", json.dumps(answer).encode()
     document = {key: value for key, value in result.items() if key != "_hidden_params"}
     if document.get("type") == "error":
         raise event_error(b"data:" + json.dumps(document).encode())
@@ -4554,9 +4576,13 @@ class Failover:
         """What becomes of a request on which the SDK has failed; raises the failure where that is the answer."""
         if failure.blame != UNSURE:
             self._breaker.report(ticket, WORKED[failure.blame])
-        second = self._repeat(request, route, failure) if failure.blame in (BACKEND, UNSURE) else None
-        if failure.blame == UNSURE:
-            self._breaker.report(ticket, False if second else None)
+        second = None
+        try:
+            if failure.blame in (BACKEND, UNSURE):
+                second = self._repeat(request, route, failure)
+        finally:  # also where the client leaves meanwhile: a probe must not stay out for ever
+            if failure.blame == UNSURE:
+                self._breaker.report(ticket, False if second else None)
         if second is None:
             raise failure
         return second
@@ -5573,7 +5599,6 @@ class Program:
         """Read the config again, and serve the next requests by it; one that cannot be used changes nothing."""
         try:
             with self._lock:
-                self._loads += 1
                 config = load_config(self._sides.config.path, self._given)
                 refuse_open_bind(self._settings, config)
                 self._take_over(config)
@@ -5606,6 +5631,7 @@ class Program:
             if self._runtime:
                 self._runtime.apply_settings(old.config)
             raise
+        self._loads += 1  # from here on, a switch of an earlier config that still waits is overtaken
         for warning in config.warnings:
             self._log.event("WARNING", "config", "warning", message=str(warning))
         primary = self._settings.primary_side(config)
@@ -5742,6 +5768,7 @@ class PidFile:
             message = "another proxy runs with this config" if taken else f"{self._path}: {error.strerror}"
             self._log.event("WARNING", "program", "pid_file", message=f"{message}: rollback does not reach this one")
             return self
+        self._status.unlink(missing_ok=True)  # of one that was killed
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -6209,6 +6236,610 @@ def unreachable(run: LoadRun) -> str | None:
     return only if only in UNREACHABLE else None
 
 
+# ── parity ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# Both modes side by side: each a process of its own with the same config, the same requests to both, and what differs
+# in the answers and in what the provider received. The provider is a small one in here, unless real models are named.
+# Two processes, and not one with --mode both: failover would let the binary side answer where the SDK's side fails.
+
+INSIDE_KEY = "sk-parity-provider-key"  # what the provider inside is sent
+INSIDE_SECTIONS = ("user_id_mappings", "litellm_settings", "general_settings", "environment_variables")
+INSIDE_USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+INSIDE_ARGUMENTS = '{"city": "Oslo"}'
+READY_LINE = re.compile(r"^ready: (\w+) (\S+)$", re.MULTILINE)
+SAY_SECONDS = 2.0  # between two progress lines
+
+HELLO = {"messages": [{"role": "user", "content": LOAD_PROMPT}]}
+CAPPED = {**HELLO, "max_tokens": 2048}  # Anthropic demands a limit; thinking needs more than 1,024
+STREAM = {"stream": True}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"messages": [{"role": "user", "content": "What is the weather in Oslo? Use the tool."}], "max_tokens": 2048}
+CHAT_TOOLS = {**WEATHER, "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}]}
+MESSAGE_TOOLS = {**WEATHER, "tools": [{"name": "get_weather", "input_schema": SCHEMA}]}
+THINKING = {**CAPPED, "thinking": {"type": "enabled", "budget_tokens": 1024}}
+SAMPLED = {**HELLO, "temperature": 0.25, "max_tokens": 33}
+BETA = {"anthropic-beta": "context-1m-2025-08-07"}
+WRONG_KEY = {"Authorization": "Bearer sk-parity-wrong-key"}
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+GPT, CLAUDE, LIMITED, UNREACHABLE_MODEL = "parity-openai", "parity-anthropic", "parity-limited", "parity-unreachable"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One row: a request that both modes get.
+
+    Args:
+        model: of the provider inside; "" where the request calls none.
+        body: None makes it a GET.
+        inside: whether it says nothing new with a real model.
+    """
+
+    name: str
+    path: str
+    model: str = ""
+    body: Mapping[str, Any] | bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    inside: bool = False
+
+
+FEATURES = (
+    Feature("chat", CHAT, GPT, HELLO),
+    Feature("chat, streamed", CHAT, GPT, {**HELLO, **STREAM}),
+    Feature("chat, streamed with usage", CHAT, GPT, {**HELLO, **STREAM, "stream_options": {"include_usage": True}}),
+    Feature("chat, Claude", CHAT, CLAUDE, HELLO),
+    Feature("chat, Claude, streamed", CHAT, CLAUDE, {**HELLO, **STREAM}),
+    Feature("messages", MESSAGES, CLAUDE, CAPPED),
+    Feature("messages, streamed", MESSAGES, CLAUDE, {**CAPPED, **STREAM}),
+    Feature("messages, GPT", MESSAGES, GPT, CAPPED),
+    Feature("messages, GPT, streamed", MESSAGES, GPT, {**CAPPED, **STREAM}),
+    Feature("models", "/v1/models"),
+    Feature("memory: PyCharm", CHAT, GPT, HELLO, {"User-Agent": "OpenAIClientImpl/Java 1.0"}, inside=True),
+    Feature("memory: Claude Code", MESSAGES, CLAUDE, CAPPED, {"User-Agent": "claude-cli/2.0"}, inside=True),
+    Feature("memory: Python script", CHAT, GPT, HELLO, {"User-Agent": "OpenAI/Python 2.0"}, inside=True),
+    Feature("memory: custom header", CHAT, GPT, HELLO, {"x-memory-user-id": "parity-memory"}, inside=True),
+    Feature("memory: default", CHAT, GPT, HELLO, {"x-sm-user-id": "someone-else"}, inside=True),
+    Feature("memory: why", "/memory-routing/info"),
+    Feature("health", "/health"),
+    Feature("bad JSON, chat", CHAT, body=b'{"model": '),
+    Feature("bad JSON, messages", MESSAGES, body=b'{"model": '),
+    Feature("unknown model, chat", CHAT, body={"model": "parity-unknown", **HELLO}),
+    Feature("unknown model, messages", MESSAGES, body={"model": "parity-unknown", **CAPPED}),
+    Feature("bad key, chat", CHAT, GPT, HELLO, WRONG_KEY),
+    Feature("bad key, messages", MESSAGES, CLAUDE, CAPPED, WRONG_KEY),
+    Feature("unknown path", "/v1/no-such-path"),
+    Feature("wrong method", MESSAGES),
+    Feature("thinking", MESSAGES, CLAUDE, THINKING),
+    Feature("thinking, streamed", MESSAGES, CLAUDE, {**THINKING, **STREAM}),
+    Feature("thinking, chat", CHAT, CLAUDE, THINKING),
+    Feature("thinking, chat, streamed", CHAT, CLAUDE, {**THINKING, **STREAM}),
+    Feature("anthropic-beta", MESSAGES, CLAUDE, CAPPED, BETA, inside=True),
+    Feature("temperature and max_tokens", CHAT, GPT, SAMPLED, inside=True),
+    Feature("temperature and max_tokens, messages", MESSAGES, CLAUDE, SAMPLED, inside=True),
+    Feature("tools, chat", CHAT, GPT, CHAT_TOOLS),
+    Feature("tools, chat, streamed", CHAT, GPT, {**CHAT_TOOLS, **STREAM}),
+    Feature("tools, messages", MESSAGES, CLAUDE, MESSAGE_TOOLS),
+    Feature("tools, messages, streamed", MESSAGES, CLAUDE, {**MESSAGE_TOOLS, **STREAM}),
+    Feature("tools, messages, GPT, streamed", MESSAGES, GPT, {**MESSAGE_TOOLS, **STREAM}),
+    Feature("count_tokens", f"{MESSAGES}/count_tokens", CLAUDE, HELLO),
+    Feature("count_tokens, GPT", f"{MESSAGES}/count_tokens", GPT, HELLO),
+    Feature("embeddings", "/v1/embeddings", GPT, {"input": "hello"}),
+    Feature("responses", "/v1/responses", GPT, {"input": LOAD_PROMPT}),
+    Feature("responses, streamed", "/v1/responses", GPT, {"input": LOAD_PROMPT, **STREAM}),
+    Feature("provider's 429, chat", CHAT, LIMITED, HELLO, inside=True),
+    Feature("provider's 429, messages", MESSAGES, LIMITED, CAPPED, inside=True),
+    Feature("provider unreachable", CHAT, UNREACHABLE_MODEL, HELLO, inside=True),
+)
+
+# What may differ: (features, differences, why), the first two as shell patterns.
+IGNORED: tuple[tuple[str, str, str], ...] = (
+    ("*", "header x-supermemory-*only in sdk*", "provider headers keep their names in sdk mode"),
+    ("*", "header retry-after only in sdk*", "Retry-After is kept in sdk mode"),
+    ("*", "*[._]id: *", "ids are made anew"),
+    ("*", "*created*: *", "timestamps"),
+    ("embeddings", "body.usage.*_details only in binary*", "LiteLLM adds keys of its own, which no client reads"),
+    ("health", "*timestamp: *", "timestamps"),
+    ("health", "body.checks.litellm_server*", "only binary mode has a server"),
+    ("health", "body.checks.session_manager*", "only sdk mode has cookies"),
+    ("models", "body.data.0.m*only in binary*", "LiteLLM adds keys of its own, which no client reads"),
+    ("count_tokens*", "body.litellm_*only in binary*", "LiteLLM adds keys of its own, which no client reads"),
+    ("count_tokens*", "provider: header x-*only in sdk*", "LiteLLM's server sends no client header with it: no memory"),
+    ("count_tokens, GPT", "provider: body input*", "the SDK counts Anthropic's messages as they are"),
+    ("responses, streamed", "events: nameless*", "sdk mode names its events, as OpenAI does"),
+    ("responses, streamed", "[[]DONE]*", "LiteLLM's server ends it with [DONE], which OpenAI does not"),
+    ("responses, streamed", "nameless*", "sdk mode names its events, as OpenAI does"),
+    ("responses, streamed", "response.*only in sdk*", "sdk mode names its events, as OpenAI does"),
+    ("provider's 429*", "provider: calls: * / 1", "sdk mode tries a lone deployment once: clients retry by themselves"),
+    ("provider's 429*", "body.request_id only in binary*", "LiteLLM adds keys of its own, which no client reads"),
+    ("bad *", "*error*", "sdk mode answers in the dialect, and more clearly"),
+    ("bad *", "body.type*", "sdk mode answers in the dialect, and more clearly"),
+    ("bad key*", "status: 400 / 401", "401 in the dialect"),
+    ("unknown *", "body*", "sdk mode answers in the dialect, and more clearly"),
+    ("wrong method", "body*", "sdk mode answers in the dialect, and more clearly"),
+    ("provider's 429*", "body*error*", "the provider's own words are kept in sdk mode"),
+    ("provider unreachable", "status: 500 / 502", "502 for connection faults"),
+    ("provider unreachable", "body*error*", "502 for connection faults"),
+)
+
+
+# The provider inside: what OpenAI and Anthropic would answer, the same each time.
+
+
+def chat_document(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat completion: a tool call where there are tools, else text."""
+    function = {"name": "get_weather", "arguments": INSIDE_ARGUMENTS}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+    }
+    message, finish = (call, "tool_calls") if body.get("tools") else ({"role": "assistant", "content": "hello"}, "stop")
+    head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body.get("model")}
+    choice = {"index": 0, "message": {**message, "refusal": None}, "logprobs": None, "finish_reason": finish}
+    return {**head, "choices": [choice], "usage": INSIDE_USAGE, "system_fingerprint": "fp_1", "service_tier": "default"}
+
+
+def chat_events(document: Mapping[str, Any], body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same as chunks."""
+    choice = document["choices"][0]
+    parts: list[dict[str, Any]] = [{"role": "assistant", "content": ""}, {"content": "hel"}, {"content": "lo"}]
+    for call in choice["message"].get("tool_calls") or ():
+        first = {"index": 0, **call, "function": {"name": "get_weather", "arguments": ""}}
+        more = [
+            {"index": 0, "function": {"arguments": piece}} for piece in (INSIDE_ARGUMENTS[:5], INSIDE_ARGUMENTS[5:])
+        ]
+        parts = [
+            {"role": "assistant", "content": None, "tool_calls": [first]},
+            *({"tool_calls": [piece]} for piece in more),
+        ]
+    head = {**document, "object": "chat.completion.chunk", "usage": None}
+    for delta, finish in [*((part, None) for part in parts), ({}, choice["finish_reason"])]:
+        yield {**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
+    if (body.get("stream_options") or {}).get("include_usage"):
+        yield {**head, "choices": [], "usage": INSIDE_USAGE}
+
+
+def message_document(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A message: thinking where it is asked for, then a tool call where there are tools, else text."""
+    content: list[dict[str, Any]] = [{"type": "thinking", "thinking": "hm", "signature": "c2ln"}] * ("thinking" in body)
+    call = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": json.loads(INSIDE_ARGUMENTS)}
+    content.append(call if body.get("tools") else {"type": "text", "text": "hello"})
+    head = {"id": "msg_1", "type": "message", "role": "assistant", "model": body.get("model"), "content": content}
+    usage = {"input_tokens": 5, "output_tokens": 7, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+    return {
+        **head,
+        "stop_reason": "tool_use" if body.get("tools") else "end_turn",
+        "stop_sequence": None,
+        "usage": usage,
+    }
+
+
+def message_events(document: Mapping[str, Any], _body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same as events."""
+    yield {"type": "message_start", "message": {**document, "content": [], "stop_reason": None}}
+    yield {"type": "ping"}
+    empty: Mapping[str, dict[str, Any]] = {
+        "text": {"text": ""},
+        "thinking": {"thinking": "", "signature": ""},
+        "tool_use": {"input": {}},
+    }
+    for index, block in enumerate(document["content"]):
+        yield {"type": "content_block_start", "index": index, "content_block": {**block, **empty[block["type"]]}}
+        for delta in {
+            "text": [{"type": "text_delta", "text": "hel"}, {"type": "text_delta", "text": "lo"}],
+            "thinking": [
+                {"type": "thinking_delta", "thinking": "hm"},
+                {"type": "signature_delta", "signature": "c2ln"},
+            ],
+            "tool_use": [{"type": "input_json_delta", "partial_json": INSIDE_ARGUMENTS}],
+        }[block["type"]]:
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
+        yield {"type": "content_block_stop", "index": index}
+    end = {"stop_reason": document["stop_reason"], "stop_sequence": None}
+    yield {"type": "message_delta", "delta": end, "usage": {"output_tokens": 7}}
+    yield {"type": "message_stop"}
+
+
+def response_document(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A response: a function call where there are tools, else text."""
+    text = {"type": "output_text", "text": "hello", "annotations": [], "logprobs": []}
+    item: dict[str, Any] = {
+        "type": "message",
+        "id": "msg_1",
+        "role": "assistant",
+        "status": "completed",
+        "content": [text],
+    }
+    if body.get("tools"):
+        item = {
+            "type": "function_call",
+            "id": "fc_1",
+            "call_id": "call_1",
+            "name": "get_weather",
+            "status": "completed",
+        }
+        item["arguments"] = INSIDE_ARGUMENTS
+    head = {"id": "resp_1", "object": "response", "created_at": 1, "model": body.get("model"), "status": "completed"}
+    unset = dict.fromkeys(("error", "incomplete_details", "instructions", "max_output_tokens", "previous_response_id"))
+    given = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "temperature": 1.0, "top_p": 1.0}
+    details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+    usage = {"input_tokens": 5, "output_tokens": 7, "total_tokens": 12, **details}
+    return {**head, **unset, **given, "metadata": {}, "output": [item], "usage": usage}
+
+
+def response_events(document: Mapping[str, Any], _body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same as events."""
+    item = document["output"][0]
+    place = {"item_id": item["id"], "output_index": 0}
+    begun = {**document, "status": "in_progress", "output": [], "usage": None}
+    head: list[dict[str, Any]] = [
+        {"type": "response.created", "response": begun},
+        {"type": "response.in_progress", "response": begun},
+    ]
+    if item["type"] == "message":
+        added = {**item, "status": "in_progress", "content": []}
+        place["content_index"] = 0
+        part = item["content"][0]
+        body = [
+            {"type": "response.content_part.added", **place, "part": {**part, "text": ""}},
+            {"type": "response.output_text.delta", **place, "delta": "hel", "logprobs": []},
+            {"type": "response.output_text.delta", **place, "delta": "lo", "logprobs": []},
+            {"type": "response.output_text.done", **place, "text": "hello", "logprobs": []},
+            {"type": "response.content_part.done", **place, "part": part},
+        ]
+    else:
+        added = {**item, "status": "in_progress", "arguments": ""}
+        body = [
+            {"type": "response.function_call_arguments.delta", **place, "delta": INSIDE_ARGUMENTS},
+            {"type": "response.function_call_arguments.done", **place, "arguments": INSIDE_ARGUMENTS},
+        ]
+    start = {"type": "response.output_item.added", "output_index": 0, "item": added}
+    done = {"type": "response.output_item.done", "output_index": 0, "item": item}
+    for number, event in enumerate([*head, start, *body, done, {"type": "response.completed", "response": document}]):
+        yield {**event, "sequence_number": number}
+
+
+def embedding_document(body: Mapping[str, Any]) -> dict[str, Any]:
+    """One embedding."""
+    row = {"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}
+    usage = {"prompt_tokens": 5, "total_tokens": 5}
+    return {"object": "list", "model": body.get("model"), "data": [row], "usage": usage}
+
+
+Whole = Callable[[Mapping[str, Any]], dict[str, Any]]
+Streamed = Callable[[Mapping[str, Any], Mapping[str, Any]], Iterable[dict[str, Any]]]
+# The end of a path → its answer, and the events of the same as a stream.
+INSIDE_ANSWERS: Mapping[str, tuple[Whole, Streamed]] = {
+    "completions": (chat_document, chat_events),
+    "messages": (message_document, message_events),
+    "count_tokens": (lambda _: {"input_tokens": 5}, lambda *_: ()),
+    "input_tokens": (lambda _: {"object": "response.input_tokens", "input_tokens": 5}, lambda *_: ()),
+    "responses": (response_document, response_events),
+    "embeddings": (embedding_document, lambda *_: ()),
+}
+INSIDE_REFUSAL = {"error": {"message": "too many requests", "type": "rate_limit_error", "code": "rate_limited"}}
+
+
+class InsideHandler(http.server.BaseHTTPRequestHandler):
+    """Answers as a provider, and adds what it received to ``server.received``."""
+
+    def do_POST(self) -> None:
+        body = json_object(self.rfile.read(int(self.headers["Content-Length"])))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.received.append(Received(self.path, body, headers))  # type: ignore[attr-defined]
+        if "/limited/" in self.path:
+            self._send(429, "application/json", json.dumps(INSIDE_REFUSAL).encode())
+            return
+        whole, events = INSIDE_ANSWERS[urlsplit(self.path).path.rpartition("/")[2]]
+        document = whole(body)
+        if body.get("stream"):
+            data = [sse_event(json.dumps(event), event.get("type")) for event in events(document, body)]
+            self._send(200, "text/event-stream", b"".join(data) + (SSE_DONE if whole is chat_document else b""))
+        else:
+            self._send(200, "application/json", json.dumps(document).encode())
+
+    def _send(self, status: int, media: str, data: bytes) -> None:
+        self.send_response(status)
+        headers = {"Content-Type": media, "Content-Length": str(len(data)), "x-supermemory-conversation-id": "conv_1"}
+        for name, value in {**headers, **({"Retry-After": "1"} if status == 429 else {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A request as the provider inside received it; the header names are in lower case."""
+
+    path: str
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+
+
+@contextlib.contextmanager
+def inside_provider() -> Iterator[tuple[str, list[Received]]]:
+    """The running provider inside: its URL, and the list that gets what it receives."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), InsideHandler)
+    received: list[Received] = []
+    server.received = received  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", received
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def inside_config(document: Mapping[str, Any], url: str) -> dict[str, Any]:
+    """The user's sections that are no models, and models at the provider inside."""
+    kept = {name: document[name] for name in INSIDE_SECTIONS if document.get(name)}
+    settings = {**kept.get("litellm_settings", {}), "cache": False}  # else the second mode may read what the first got
+    models = {
+        GPT: ("openai/gpt-4o-mini", f"{url}/v1"),
+        CLAUDE: ("anthropic/claude-sonnet-4-5", url),
+        LIMITED: ("openai/gpt-4o-mini", f"{url}/limited/v1"),
+        UNREACHABLE_MODEL: ("openai/gpt-4o-mini", f"http://127.0.0.1:{free_port(0)}/v1"),
+    }
+    deployments = [
+        {"model_name": name, "litellm_params": {"model": model, "api_base": base, "api_key": INSIDE_KEY}}
+        for name, (model, base) in models.items()
+    ]
+    return {**kept, "litellm_settings": settings, "model_list": deployments}
+
+
+# The two modes, and what they answer.
+
+
+@contextlib.contextmanager
+def both_modes(document: Mapping[str, Any], master_key: str) -> Iterator[Mapping[str, str]]:
+    """The two modes as processes with this config: mode → URL.
+
+    The config is a copy: the files that a proxy keeps beside the user's own belong to the one that runs with it.
+
+    Raises:
+        StartError: one of them cannot start.
+    """
+    addition = {name: f"{os.environ.get(name, '')},127.0.0.1" for name in ("NO_PROXY", "no_proxy")}
+    environment = {**os.environ, **addition, "LITELLM_MASTER_KEY": master_key}
+    with tempfile.TemporaryDirectory(prefix="parity-") as folder, contextlib.ExitStack() as running:
+        config = Path(folder, "config.yaml")
+        config.write_text(yaml.safe_dump(dict(document), sort_keys=False))
+        modes = {}
+        for mode in ("binary", "sdk"):
+            modes[mode] = ModeProcess(mode, config, environment)
+            running.callback(modes[mode].stop)
+        patience = Patience()
+        while [mode for mode in modes.values() if not mode.url()]:
+            patience.say("waiting for both modes (LiteLLM's server takes 8 to 30 s)")
+            time.sleep(LOOK_SECONDS)
+        yield {name: process.url() for name, process in modes.items()}
+        for process in modes.values():  # both at once, instead of one after the other
+            process.process.terminate()
+
+
+class ModeProcess:
+    """One mode as a process of its own; its output goes to files beside its config."""
+
+    def __init__(self, mode: str, config: Path, environment: Mapping[str, str]) -> None:
+        self._output, self._log = config.with_name(f"{mode}.out"), config.with_name(f"{mode}.log")
+        ports = ["--port", "0", "--litellm-port", str(free_port(0))]
+        with self._output.open("wb") as output, self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--mode", mode, "--config", str(config), *ports],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C at the terminal is for us
+            )
+
+    def url(self) -> str:
+        """Where it serves, "" until it does; raises StartError where it has ended."""
+        ready = READY_LINE.search(self._output.read_text())
+        if ready is None and self.process.poll() is not None:
+            lines = ["", *self._log.read_text(errors="replace").splitlines()]
+            raise StartError(next((line[7:] for line in lines if line.startswith("error: ")), lines[-1]))
+        return ready[2] if ready else ""
+
+    def stop(self) -> None:
+        """End it, and what it started."""
+        self.process.terminate()
+        try:
+            self.process.wait(DRAIN_SECONDS + CHILD_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+class Patience:
+    """Says on standard error that time goes by, not too often."""
+
+    def __init__(self) -> None:
+        self._began = self._said = time.monotonic()
+
+    def say(self, what: str) -> None:
+        """Print this, unless something was printed a moment ago."""
+        now = time.monotonic()
+        if now - self._said >= SAY_SECONDS:
+            self._said = now
+            print(f"{what}: {now - self._began:.0f} s", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client got, and what the provider received for it; a status of 0 is none, its media type says why."""
+
+    status: int
+    media: str
+    headers: Mapping[str, str]
+    body: bytes
+    received: tuple[Received, ...] = ()
+
+
+def ask_mode(url: str, feature: Feature, headers: Mapping[str, str]) -> Answer:
+    """Send one mode the request."""
+    parts = urlsplit(url)
+    named = {"model": feature.model} if feature.model else {}
+    body = json.dumps({**named, **feature.body}) if isinstance(feature.body, Mapping) else feature.body
+    connection = http.client.HTTPConnection(parts.netloc, timeout=REQUEST_SECONDS)
+    try:
+        connection.request("GET" if body is None else "POST", feature.path, body, {**headers, **feature.headers})
+        response = connection.getresponse()
+        got = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, got.get("content-type", "").partition(";")[0], got, response.read())
+    except (OSError, http.client.HTTPException) as error:
+        return Answer(0, failure_kind(error), {}, b"")
+    finally:
+        connection.close()
+
+
+# From an answer to its facts: what a client could see of it, by name.
+
+TEXTS = frozenset("content reasoning_content arguments text thinking signature partial_json delta".split())
+INNER_TYPES = ("delta", "content_block", "item", "part")  # of an event, what has a type of its own
+SEEN_HEADERS = ("x-", "anthropic-", "authorization", "api-key", "content-type")
+StreamEvent = tuple[Sequence[str], str, dict[str, Any]]
+
+
+def facts_of(answer: Answer, *, values: bool) -> dict[str, Any]:
+    """All that is compared; without ``values`` (a real model answers anew each time) the keys alone."""
+    found: dict[str, Any] = {"status": answer.status, "content type": answer.media}
+    said: dict[str, Any] = {}
+    if answer.media == "text/event-stream":
+        events = list(stream_events(answer.body))
+        found["events"] = " ".join(kind for kind, _ in groupby(chain.from_iterable(kinds for kinds, _, _ in events)))
+        for _, group, document in events:
+            fold(said, leaves(document, group))
+    elif answer.media == "application/json":
+        fold(said, leaves(json.loads(answer.body), "body"))
+    found.update(said if values else dict.fromkeys(said))
+    found.update({f"header {name}": answer.headers[name] for name in SEEN_ANSWER_HEADERS if name in answer.headers})
+    found["provider: calls"] = len(answer.received)
+    for received in answer.received[:1]:
+        found["provider: path"] = received.path
+        found.update({f"provider: body {name}": json.dumps(value) for name, value in received.body.items()})
+        headers = {name: value for name, value in received.headers.items() if name.startswith(SEEN_HEADERS)}
+        found.update({f"provider: header {name}": value for name, value in headers.items()})
+    return found
+
+
+SEEN_ANSWER_HEADERS = ("retry-after", "x-request-id", "x-supermemory-conversation-id")
+
+
+def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The (key path, value) pairs of a JSON document; of a list its length and its first element."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from leaves(item, f"{path}.{key}")
+    elif isinstance(value, list) and value:
+        yield f"{path}.length", len(value)
+        yield from leaves(value[0], f"{path}.0")
+    else:
+        yield path, value
+
+
+def stream_events(body: bytes) -> Iterator[StreamEvent]:
+    """Of each event what it says, the group that its keys are compared in, and its document."""
+    for block in body.decode(errors="replace").replace("\r\n", "\n").split("\n\n"):
+        fields = {name: value.strip() for name, _, value in (line.partition(":") for line in block.split("\n"))}
+        if "data" not in fields:
+            continue
+        document = json_object(fields["data"].encode())
+        if "choices" in document:
+            yield list(chunk_kinds(document)), "chunk", document
+            continue
+        inner: dict[str, Any] = next((document[key] for key in INNER_TYPES if isinstance(document.get(key), dict)), {})
+        kind = fields.get("event") or (f"nameless {document.get('type')}" if document else fields["data"])
+        kind = ":".join(filter(None, (kind, inner.get("type"))))
+        yield [kind], kind, document
+
+
+def chunk_kinds(document: Mapping[str, Any]) -> Iterator[str]:
+    """What a chunk of a chat completion says."""
+    for choice in document["choices"]:
+        said = [name for name, value in choice.get("delta", {}).items() if value not in (None, "")]
+        yield from sorted(said, key=lambda name: name != "role")  # within one chunk there is no order
+        yield from ["finish"] if choice.get("finish_reason") else []
+    yield from ["usage"] if document.get("usage") else []
+
+
+def fold(said: dict[str, Any], pairs: Iterable[tuple[str, Any]]) -> None:
+    """Add the leaves of one more event: pieces of text are put together, else the last value counts."""
+    for path, value in pairs:
+        before = said.get(path)
+        if isinstance(before, str) and isinstance(value, str) and path.rpartition(".")[2] in TEXTS:
+            said[path] = before + value
+        elif value is not None or path not in said:
+            said[path] = value
+
+
+def differences(binary: Mapping[str, Any], sdk: Mapping[str, Any]) -> Iterator[str]:
+    """Every difference of the facts, in words."""
+    for name in {**binary, **sdk}:
+        if name not in sdk or name not in binary:
+            one, facts = ("binary", binary) if name in binary else ("sdk", sdk)
+            yield f"{name} only in {one}: {str(facts[name])[:MAX_SHOWN]}"
+        elif binary[name] != sdk[name]:
+            yield f"{name}: {str(binary[name])[:MAX_SHOWN]} / {str(sdk[name])[:MAX_SHOWN]}"
+
+
+def verdict(feature: str, found: Iterable[str]) -> str:
+    """What is to be said of a feature with these differences."""
+    reasons: dict[str, None] = {}
+    for difference in found:
+        matching = (
+            why
+            for name, what, why in IGNORED
+            if fnmatch.fnmatchcase(feature, name) and fnmatch.fnmatchcase(difference, what)
+        )
+        reason = next(matching, None)
+        if reason is None:
+            return f"{DIFFERENT}: {difference}"
+        reasons[reason] = None
+    return f"same (ignored: {'; '.join(reasons)})" if reasons else "same"
+
+
+DIFFERENT = "DIFFERENT"
+
+
+def real_features(names: Sequence[str]) -> Iterator[Feature]:
+    """The rows for real models: each that calls a model once for each of these names."""
+    for feature in FEATURES:
+        if feature.model and not feature.inside:
+            yield from (replace(feature, name=f"{feature.name}, {name}", model=name) for name in names)
+        elif not feature.model:
+            yield feature
+
+
+def compare_modes(config: Config, models: Sequence[str]) -> list[tuple[str, ...]]:
+    """Start both modes, send each feature to both; returns the rows: feature, binary's status, sdk's, verdict.
+
+    Args:
+        models: real ones; none: the provider inside.
+
+    Raises:
+        StartError: a mode cannot start, or a model is not in the config.
+    """
+    document = values_of(read_nodes(config.path, []))
+    key = config.master_key or f"sk-parity-{random.getrandbits(128):032x}"
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "x-request-id": "parity"}
+    rows = []
+    with inside_provider() as (url, received):
+        features = list(real_features(models)) if models else FEATURES
+        with both_modes(document if models else inside_config(document, url), key) as urls:
+            patience = Patience()
+            for number, feature in enumerate(features):
+                patience.say(f"{number} of {len(features)} features")
+                answers = {}
+                for mode, base in urls.items():
+                    received.clear()
+                    answer = ask_mode(base, feature, headers)
+                    answers[mode] = replace(answer, received=tuple(received))
+                found = list(differences(*(facts_of(answer, values=not models) for answer in answers.values())))
+                rows.append((feature.name, *(str(a.status) for a in answers.values()), verdict(feature.name, found)))
+    return rows
+
+
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 # Arguments, signals, exit codes, and what a user reads at the start.
 
@@ -6223,6 +6854,7 @@ examples:
   %(prog)s --mode binary --litellm-url http://gpu:4000 forwards to a server that runs elsewhere
   %(prog)s --mode both                                 binary on 8764, sdk on 8765
   %(prog)s check                                       is config.yaml right?
+  %(prog)s parity                                      do both modes answer alike? costs nothing
   %(prog)s cutover                                     --mode both: the sdk serves the main port from now on
   %(prog)s rollback                                    --mode both: binary serves it again
   %(prog)s load --stream                               how fast is the proxy that runs on 127.0.0.1:8764?
@@ -6244,7 +6876,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     commands = (
         "serve (default): run the proxy; check: validate the config, exit 1 if it has problems; "
-        "load: measure a running proxy, exit 1 if a request failed; cutover, rollback: "
+        "load: measure a running proxy, exit 1 if a request failed; parity: do both modes answer alike? exit 1 if "
+        "not; cutover, rollback: "
         "move the main port of the running --mode both to the sdk, back to binary"
     )
     add("command", nargs="?", default="serve", choices=tuple(COMMANDS), help=commands)
@@ -6289,6 +6922,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log-file", metavar="PATH", help="log there too, as JSON lines; rotated at 10 MiB, five older files are kept")
     server_port = "the port of the LiteLLM server that is started (default: %(default)s)"
     add("--litellm-port", metavar="N", type=port_number, default=DEFAULT_LITELLM_PORT, help=server_port)
+    models = "load: the model to ask (default: demo); parity: a model of the config to compare by, which may cost money"
+    add("--model", metavar="NAME", action="append", help=f"{models}; may be repeated")
     add_load_options(parser)
     return parser
 
@@ -6301,7 +6936,6 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add("--num-requests", metavar="N", type=positive_number, default=LOAD_REQUESTS, help=in_all)
     add("--concurrency", metavar="N", type=positive_number, default=LOAD_CONCURRENCY, help=at_a_time)
     add("--stream", action="store_true", help="ask for streams, and read each to its end")
-    add("--model", metavar="NAME", default="demo", help="the model to ask (default: %(default)s)")
     add("--url", metavar="URL", help="the proxy to call (default: the one on this machine, at --port)")
 
 
@@ -6378,6 +7012,8 @@ def needs_server(argv: Sequence[str]) -> bool:
     """Whether this command line will start LiteLLM's server; run.sh asks, to install it the first time."""
     try:
         arguments = build_parser().parse_args(argv)
+        if arguments.command == "parity":
+            return True
         return arguments.command == "serve" and settle(arguments, load_config(arguments.config)).needs_server
     except StartError:
         return False
@@ -6611,7 +7247,8 @@ def load(arguments: argparse.Namespace) -> int:
     """Measure a running proxy and print the table; returns 1 if a request failed, 130 after Ctrl-C, else 0."""
     config = config_if_any(arguments.config)
     url = f"http://127.0.0.1:{settle(arguments, config).port}" if arguments.url is None else arguments.url
-    target = load_target(url, config.master_key, arguments.model, streamed=arguments.stream)
+    model = (arguments.model or ["demo"])[-1]
+    target = load_target(url, config.master_key, model, streamed=arguments.stream)
     redact = Redactor(config.secrets | environment_secrets())
     run, seconds = run_load(target, arguments.num_requests, arguments.concurrency)
     for line in load_report(run, seconds):
@@ -6623,10 +7260,27 @@ def load(arguments: argparse.Namespace) -> int:
     return int(len(run.good) < run.requests)
 
 
+def parity(arguments: argparse.Namespace) -> int:
+    """Compare the two modes and print a row for each feature; returns 1 on a difference, 130 after Ctrl-C, else 0."""
+    config = load_config(arguments.config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it must not leave the two modes behind either
+    try:
+        rows = compare_modes(config, arguments.model or ())
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    redact = Redactor(config.secrets | environment_secrets())
+    for line in aligned([("feature", "binary", "sdk", "verdict"), *rows]):
+        print(printable(redact(line)))
+    different = sum(row[-1].startswith(DIFFERENT) for row in rows)
+    print(f"{len(rows)} features, {different} differences")
+    return int(different > 0)
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "serve": serve,
     "check": check,
     "load": load,
+    "parity": parity,
     "cutover": partial(move_traffic, use_sdk=True),
     "rollback": partial(move_traffic, use_sdk=False),
 }

@@ -14,6 +14,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import gzip
 import importlib
 import io
@@ -562,7 +563,7 @@ def test_each_room_uses_only_rooms_above_it() -> None:
 
     upward = {(name.id, name.lineno) for name in runtime_names(tree) if defined.get(name.id, 0) > room(name.lineno)}
     assert not upward
-    assert len(heads) == 17
+    assert len(heads) == 18
 
 
 def test_litellm_and_httpx_are_imported_only_where_they_are_used() -> None:
@@ -3364,7 +3365,7 @@ def test_the_own_endpoints_answer(sdk: Proxy, forward: Proxy) -> None:
         health = running.client.get("/health").json()
         assert health["status"] == "healthy" and health["timestamp"].endswith("Z")
         assert health["checks"]["configuration"]["model_count"] >= 3
-        assert health["checks"]["memory_router"] == {"status": "healthy", "pattern_count": 2}
+        assert health["checks"]["memory_router"] == {"status": "healthy", "pattern_count": 3}
         assert "cookie_count" in health["checks"]["session_manager"]
         info = running.client.get("/memory-routing/info", headers={"user-agent": "claude-cli/1"}).json()
         assert info["user_id"] == "claude-code" and info["matched_pattern"]["header"] == "user-agent"
@@ -4266,6 +4267,71 @@ def test_load_prints_lines_where_there_is_no_terminal(provider: Provider, tmp_pa
     arguments = ("--url", provider.url, "--num-requests", "6", "--concurrency", "2")
     result = run_load(tmp_path, *arguments, altered="PROGRESS_SECONDS = 0.6")
     assert re.fullmatch(r"2 of 6 requests, 2 failed\n4 of 6 requests, 4 failed\n", result.stderr), result.stderr
+
+
+# ── parity ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_both_modes_answer_alike(tmp_path: Path) -> None:
+    config = write_config(tmp_path, yaml.safe_load((HERE / "config.yaml").read_text()))
+    line = [sys.executable, str(MODULE), "parity", "--config", config]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, env=clean_environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    *rows, last = done.stdout.splitlines()
+    assert last == f"{len(rows) - 1} features, 0 differences" and len(rows) > 40
+    assert not list(tmp_path.glob("*.pid")), "it is not the proxy that runs with this config"
+
+
+def test_parity_with_an_unusable_config_is_one_clear_line(tmp_path: Path) -> None:
+    line = [sys.executable, str(MODULE), "parity", "--config", write_config(tmp_path, {"model_list": 5})]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=clean_environment())
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def parity_answer(**changes: Any) -> proxy.Answer:
+    body = {"id": "c1", "choices": [{"message": {"content": "hello"}}]}
+    seen = proxy.Received("/v1/chat/completions", {"model": "gpt", "temperature": 0.5}, {"x-sm-user-id": "me"})
+    usual = proxy.Answer(200, "application/json", {"x-request-id": "r"}, json.dumps(body).encode(), (seen,))
+    return dataclasses.replace(usual, **changes)
+
+
+PLANTED = {
+    "status": {"status": 500},
+    "content type": {"media": "text/plain"},
+    "body.choices.0.message.content": {"body": b'{"id": "c1", "choices": [{"message": {"content": "other"}}]}'},
+    "body.id only in binary": {"body": b'{"choices": [{"message": {"content": "hello"}}]}'},
+    "provider: calls": {"received": ()},
+    "provider: body temperature": {
+        "received": (
+            proxy.Received("/v1/chat/completions", {"model": "gpt", "temperature": 1}, {"x-sm-user-id": "me"}),
+        )
+    },
+    "provider: header x-sm-user-id": {
+        "received": (
+            proxy.Received("/v1/chat/completions", {"model": "gpt", "temperature": 0.5}, {"x-sm-user-id": "x"}),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_parity_finds_a_planted_difference(name: str) -> None:
+    facts = [proxy.facts_of(answer, values=True) for answer in (parity_answer(), parity_answer(**PLANTED[name]))]
+    assert any(difference.startswith(name) for difference in proxy.differences(*facts))
+    assert proxy.verdict("chat", proxy.differences(*facts)).startswith(proxy.DIFFERENT) or name.startswith("body.id")
+    assert proxy.verdict("chat", proxy.differences(facts[0], facts[0])) == "same"
+
+
+@pytest.mark.parametrize("events", [anthropic_stream(["hel", "lo"]), openai_stream(["hel", "lo"])])
+def test_parity_compares_streams_by_their_order_and_text_and_not_by_their_chunks(events: list[bytes]) -> None:
+    def facts(parts: list[bytes]) -> dict[str, Any]:
+        return proxy.facts_of(parity_answer(media="text/event-stream", body=b"".join(parts)), values=True)
+
+    usual = facts(events)
+    assert "hello" in usual.values()
+    assert not list(proxy.differences(usual, facts([part.replace(b'"lo"', b'"lo"') for part in events])))
+    for changed in (events[:-1], [*events[1:], events[0]], [part.replace(b"hel", b"bye") for part in events]):
+        assert list(proxy.differences(usual, facts(changed)))
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
