@@ -4827,12 +4827,30 @@ base_url = "BASE/v1"
 wire_api = "responses"
 env_key = "PROXY_KEY"
 """
-OPENCODE_PROVIDER = {
-    "npm": "@ai-sdk/openai-compatible",
-    "options": {"baseURL": "BASE/v1", "apiKey": "anything"},
-    "models": {"gpt-5": {}},
-}
-REAL_CLIENTS = [
+
+
+def opencode(provider: str, name: str) -> RealClient:
+    """opencode with one of its kinds of providers, each of which speaks an API of its own."""
+    settings = {
+        "npm": f"@ai-sdk/{provider}",
+        "options": {"baseURL": "BASE/v1", "apiKey": "anything"},
+        "models": {name: {}},
+    }
+    return RealClient(
+        name=f"opencode, {provider}",
+        package="opencode-ai",
+        version="1.18.33",
+        command=("opencode", "run", "--model", f"{provider}/{name}", "PROMPT"),
+        tool="bash",
+        arguments={"command": SHELL_COMMAND, "description": "Add"},
+        memory="opencode",
+        environment={"OPENCODE_DISABLE_MODELS_FETCH": "1", "OPENCODE_DISABLE_AUTOUPDATE": "1"},
+        files={".config/opencode/opencode.json": json.dumps({"provider": {provider: settings}})},
+        setup="postinstall.mjs",
+    )
+
+
+CLIENT_SETUPS = [
     RealClient(
         name="Claude Code",
         package="@anthropic-ai/claude-code",
@@ -4870,18 +4888,9 @@ REAL_CLIENTS = [
         environment={"CODEX_API_KEY": "anything"},
         files={".codex/config.toml": 'model = "gpt-5"\nopenai_base_url = "BASE/v1"\n'},
     ),
-    RealClient(
-        name="opencode",
-        package="opencode-ai",
-        version="1.18.33",
-        command=("opencode", "run", "--model", "proxy/gpt-5", "PROMPT"),
-        tool="bash",
-        arguments={"command": SHELL_COMMAND, "description": "Add"},
-        memory="opencode",
-        environment={"OPENCODE_DISABLE_MODELS_FETCH": "1", "OPENCODE_DISABLE_AUTOUPDATE": "1"},
-        files={".config/opencode/opencode.json": json.dumps({"provider": {"proxy": OPENCODE_PROVIDER}})},
-        setup="postinstall.mjs",
-    ),
+    opencode("openai-compatible", "gpt-5"),  # chat completions
+    opencode("anthropic", "claude-sonnet-4-5"),  # messages
+    opencode("openai", "gpt-5"),  # responses
 ]
 
 
@@ -4891,7 +4900,7 @@ def progress(said: str) -> None:
 
 def install_clients() -> None:
     """The pinned versions from npm. Their install scripts are run by hand: npm's settings may forbid them."""
-    wanted = list(dict.fromkeys(f"{client.package}@{client.version}" for client in REAL_CLIENTS))
+    wanted = list(dict.fromkeys(f"{client.package}@{client.version}" for client in CLIENT_SETUPS))
     stamp = CLIENTS / "installed"  # written last: an installation that was broken off is done again
     if stamp.exists() and stamp.read_text().split() == wanted:
         return
@@ -4899,10 +4908,8 @@ def install_clients() -> None:
     CLIENTS.mkdir(exist_ok=True)
     npm = ["npm", "install", "--prefix", str(CLIENTS), "--ignore-scripts", "--no-audit", "--no-fund", "--save-exact"]
     subprocess.run([*npm, *wanted], cwd=CLIENTS, check=True, stdout=sys.stderr)
-    for client in REAL_CLIENTS:
-        if client.setup:
-            folder = CLIENTS / "node_modules" / client.package
-            subprocess.run(["node", client.setup], cwd=folder, check=True, stdout=sys.stderr)
+    for package, setup in {client.package: client.setup for client in CLIENT_SETUPS if client.setup}.items():
+        subprocess.run(["node", setup], cwd=CLIENTS / "node_modules" / package, check=True, stdout=sys.stderr)
     stamp.write_text("\n".join(wanted))
 
 
@@ -4987,7 +4994,7 @@ def client_rows(mode: str, provider: Provider) -> Iterator[tuple[list[str], list
     progress(f"starting the proxy in {mode} mode")
     running = Proxy(config_for(provider, *models, user_id_mappings=shipped), "--mode", mode, *port)
     try:
-        for client in REAL_CLIENTS:
+        for client in CLIENT_SETUPS:
             results, failures, requests = [], [], 0
             for kind in ("turn", "tool call"):
                 progress(f"{client.name}, {mode}: {kind}")
