@@ -155,7 +155,7 @@ RETRY_AFTER_SECONDS = 5  # what a client is told to wait while the LiteLLM serve
 MAX_LOGGED = 500  # characters of a path in a log line, or of an example in load's table
 MAX_MESSAGE = 20_000  # characters of an error message
 MAX_LABELS = 100  # distinct memory ids or models in the metrics; the rest is "other"
-MAX_SAMPLES = 10_000  # durations kept for the percentiles of the last ...
+MAX_DURATIONS = 10_000  # kept for the percentiles of the last ...
 WINDOW_SECONDS = 600.0
 LOG_FILE_BYTES = 10 * 1024 * 1024  # of --log-file, before it is rotated ...
 LOG_FILES = 5  # ... to one of this many older ones
@@ -1519,7 +1519,7 @@ class Histogram:
     def __init__(self) -> None:
         self.counts = [0] * (len(BUCKETS) + 1)
         self.sum = 0.0
-        self._recent: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=MAX_DURATIONS)
 
     def add(self, seconds: float) -> None:
         """Take in one duration."""
@@ -2122,6 +2122,15 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ProxyError(400, f"the request body is not valid JSON: {error}") from None
+
+
+def json_object(data: bytes | str) -> dict[str, Any]:
+    """The JSON object in a text; {} where there is none."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 LAST_CHUNK = b"0\r\n\r\n"
@@ -2764,6 +2773,7 @@ PROOF_MODELS = {"openai": "openai/proof", "anthropic": "anthropic/proof"}
 PROOF_SECONDS = 5.0
 
 MODEL_CREATED = 1677610602  # Unix time that LiteLLM's server gives every model
+MODEL_CREATED_AT = "2023-02-28T18:56:42Z"  # the same, as Anthropic and Ollama write it
 
 
 @dataclass(frozen=True)
@@ -2960,17 +2970,8 @@ def ollama_reply(model: str, message: dict[str, Any], done: str | None = None, t
 
 def ollama_calls(calls: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """OpenAI's tool calls, each whole, as part of a message of Ollama's."""
-    said = [{"function": {"name": call["name"], "arguments": call_arguments(call["arguments"])}} for call in calls]
+    said = [{"function": {"name": call["name"], "arguments": json_object(call["arguments"])}} for call in calls]
     return {"tool_calls": said} if said else {}
-
-
-def call_arguments(text: str) -> dict[str, Any]:
-    """The arguments of a tool call; {} where the model wrote no JSON object."""
-    with contextlib.suppress(ValueError, RecursionError):
-        arguments = json.loads(text or "{}")
-        if isinstance(arguments, dict):
-            return arguments
-    return {}
 
 
 async def ollama_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -3515,8 +3516,7 @@ def openai_model(name: str) -> dict[str, Any]:
 
 def anthropic_model(name: str) -> dict[str, Any]:
     """A model in Anthropic's list (https://docs.anthropic.com/en/api/models-list)."""
-    created = datetime.fromtimestamp(MODEL_CREATED, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+    return {"type": "model", "id": name, "display_name": name, "created_at": MODEL_CREATED_AT}
 
 
 def page_of_models(rows: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
@@ -3534,8 +3534,7 @@ def page_of_models(rows: Sequence[dict[str, Any]], query: Mapping[str, str]) -> 
 def ollama_model(name: str) -> dict[str, Any]:
     """A model in Ollama's list."""
     details = {"format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
-    stamp = datetime.fromtimestamp(MODEL_CREATED, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"name": name, "model": name, "modified_at": stamp, "size": 0, "digest": "", "details": details}
+    return {"name": name, "model": name, "modified_at": MODEL_CREATED_AT, "size": 0, "digest": "", "details": details}
 
 
 UPGRADE_TO_HTTP = [("Upgrade", "HTTP/1.1"), ("Connection", "Upgrade")]  # RFC 9110 §15.5.22
@@ -6052,15 +6051,6 @@ def event_data(pieces: Iterable[bytes]) -> Iterator[bytes]:
     for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
         yield from (line[5:].strip() for line in lines if line.startswith(b"data:"))
-
-
-def json_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in a text; {} where there is none."""
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 def has_token(chunk: Mapping[str, Any]) -> bool:
