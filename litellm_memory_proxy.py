@@ -70,6 +70,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import string
 import subprocess
 import sys
@@ -456,7 +457,8 @@ class Config:
     ``document`` is LiteLLM's part, ready for its Router; models whose keys are missing are not in its ``model_list``
     but in ``missing_keys``: model name → the variables to set, in words. ``secrets`` are the values that no log or
     error may show. ``environment`` is the process's with what ``.env`` and ``environment_variables`` add;
-    ``server_part`` is a text of all that LiteLLM's server reads, to tell whether it has changed.
+    ``server_part`` is a text of all that LiteLLM reads, to tell whether it has changed; ``written`` is the document
+    with its includes and without the environment.
     """
 
     path: str
@@ -468,6 +470,7 @@ class Config:
     environment: Mapping[str, str]
     server_part: str
     warnings: tuple[Problem, ...] = ()
+    written: Mapping[str, Any] = field(default_factory=dict)
 
     def section(self, name: str) -> dict[str, Any]:
         """A top-level section as a dict; an absent or empty one is {}."""
@@ -552,7 +555,7 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
     problems: list[Problem] = []
     root = read_nodes(path, problems)
     document = values_of(root)
-    environment = {**dotenv_values(), **given}
+    environment = {**dotenv_values(path), **given}
     environment.update(environment_variables(document.get("environment_variables"), environment, problems))
     missing: list[tuple[str, str]] = []
     resolved = resolve(document, "", environment, missing)
@@ -576,6 +579,7 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
         environment=environment,
         server_part=what_the_server_reads(resolved, environment),
         warnings=tuple(problem for problem in located if problem.warning),
+        written=document,
     )
     return Reading(config, (*located, *locate(keyless, root)), tuple(rows), root)
 
@@ -603,17 +607,23 @@ def environment_variables(section: Any, environment: Mapping[str, str], problems
     return found
 
 
-def dotenv_values() -> dict[str, str]:
-    """What ``.env`` says, found as LiteLLM finds it; python-dotenv comes with LiteLLM."""
+def dotenv_path(config_path: str) -> Path:
+    """The ``.env`` that counts: the one beside the config, else the first from the working directory upwards."""
+    folders = (Path(config_path).parent, Path.cwd(), *Path.cwd().parents)
+    return next((path for path in (folder / ".env" for folder in folders) if path.is_file()), folders[0] / ".env")
+
+
+def dotenv_values(config_path: str) -> dict[str, str]:
+    """What ``.env`` says; python-dotenv comes with LiteLLM."""
     try:
         import dotenv
     except ImportError:
         return {}
-    path = dotenv.find_dotenv(usecwd=True)
+    path = dotenv_path(config_path)
     try:
         values = dotenv.dotenv_values(path)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise ConfigError([Problem("", f"cannot be read: {error}", file=path)]) from None
+        raise ConfigError([Problem("", f"cannot be read: {error}", file=str(path))]) from None
     return {name: value for name, value in values.items() if value is not None and "\0" not in name + value}
 
 
@@ -624,6 +634,21 @@ def what_the_server_reads(document: Mapping[str, Any], environment: Mapping[str,
     if isinstance(general, dict):
         kept["general_settings"] = {key: value for key, value in general.items() if key != "experimental"}
     return repr([kept, dict(environment)])
+
+
+def save_copy(config: Config, path: Path) -> str:
+    """Write an accepted config for LiteLLM's server, for its owner's eyes only; returns the path to read it from.
+
+    The copy must lie beside the config, where LiteLLM looks for the callbacks that a config names; where it cannot be
+    written, the config itself has to do.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+            yaml.safe_dump(dict(config.written), file, sort_keys=False, allow_unicode=True)
+    except OSError:
+        return config.path
+    return str(path)
 
 
 def apply_environment(new: Config, old: Config | None = None) -> None:
@@ -648,15 +673,18 @@ class Constructor(yaml.constructor.SafeConstructor):
         return value
 
 
-def read_nodes(path: str, problems: list[Problem]) -> yaml.MappingNode:
+def read_nodes(path: str, problems: list[Problem], text: str | None = None) -> yaml.MappingNode:
     """A YAML mapping, with LiteLLM's ``include`` files merged in: lists are appended, other keys are set.
 
     What is wrong with an included file is added to the problems.
 
+    Args:
+        text: what the file is to say, where it is not yet written.
+
     Raises:
         ConfigError: the file itself cannot be read.
     """
-    root, included = read_file(path, problems)
+    root, included = read_file(path, problems, text)
     pairs = {str(key.value): (key, value) for key, value in root.value}
     for name in included:
         try:
@@ -673,10 +701,10 @@ def read_nodes(path: str, problems: list[Problem]) -> yaml.MappingNode:
     return root
 
 
-def read_file(path: str, problems: list[Problem]) -> tuple[yaml.MappingNode, list[Any]]:
+def read_file(path: str, problems: list[Problem], text: str | None = None) -> tuple[yaml.MappingNode, list[Any]]:
     """One file's mapping and what it includes; raises ConfigError."""
     try:
-        loader = yaml.SafeLoader(read_text(path))
+        loader = yaml.SafeLoader(read_text(path) if text is None else text)
         loader.name = path  # so that each node knows its file
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
@@ -698,6 +726,8 @@ def read_file(path: str, problems: list[Problem]) -> tuple[yaml.MappingNode, lis
 def read_text(path: str) -> str:
     """A file's text; raises ConfigError."""
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe might never end, and is read but once
+            raise OSError(0, "is no regular file")
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
@@ -1908,8 +1938,8 @@ class Response:
     Args:
         body: the bytes, or an iterator over them as they arrive; the front calls its ``close()`` at the end.
         length: of a streamed body, in bytes, where it is known.
-        tunnel: after a 101, takes over the client's socket, with what was read from it too far, and returns when
-            either side has closed.
+        tunnel: of a 101, takes over the client's socket: sends the head, and what was read from the client too far
+            the other way, and returns when either side has closed.
         bodiless: it has no body by its nature (HEAD, 204, 304), and its fields say all about its length.
         tally: what becomes known of it on the way.
         backend: the name of the one that answered, where it is not the one that was asked.
@@ -1920,7 +1950,7 @@ class Response:
     body: bytes | Iterator[bytes] = b""
     length: int | None = None
     reason: str | None = None
-    tunnel: Callable[[socket.socket, bytes], None] | None = None
+    tunnel: Callable[[socket.socket, bytes, bytes], None] | None = None
     bodiless: bool = False
     tally: Tally = field(default_factory=Tally)
     backend: str | None = None
@@ -3117,13 +3147,16 @@ class SdkRuntime:
 class SdkBackend:
     """Serves the model API of one config with LiteLLM's SDK, in this process.
 
+    Args:
+        before: that of the config before: where LiteLLM reads the same in both, its Router is used on.
+
     Raises:
         StartError: LiteLLM refuses the config.
     """
 
     name = "sdk"
 
-    def __init__(self, config: Config, runtime: SdkRuntime) -> None:
+    def __init__(self, config: Config, runtime: SdkRuntime, before: SdkBackend | None = None) -> None:
         self._config, self._runtime, self._log = config, runtime, runtime.log
         self._litellm, self._bridge, self.session = runtime.litellm, runtime.bridge, runtime.session
         self._own_params = frozenset(self._litellm.types.utils.all_litellm_params) | FORBIDDEN_PARAMS
@@ -3131,10 +3164,15 @@ class SdkBackend:
         self._has_fallbacks = any(
             str(name).endswith("fallbacks") and value for s in sections for name, value in s.items()
         )
+        self.router: Any
+        self.missing_keys: Mapping[str, str]
+        if before and before._config.server_part == config.server_part:
+            self.router, self.missing_keys = before.router, before.missing_keys
+            return
         try:
             runtime.apply_settings(config)
             self.missing_keys = {**config.missing_keys, **self._keys_from_environment()}
-            self._router = self._bridge.run(self._build_router())
+            self.router = self._bridge.run(self._build_router())
         except StartError:
             raise
         except Exception as error:  # LiteLLM checks its sections with whatever exception comes to hand
@@ -3279,7 +3317,7 @@ class SdkBackend:
     def _price(self, model: str, result: Any, usage: Mapping[str, Any]) -> float | None:
         """LiteLLM's price of a call, or None where it has none for the model."""
         hidden = hidden_params(result)
-        deployment = self._router.get_deployment(hidden.get("model_id") or "")
+        deployment = self.router.get_deployment(hidden.get("model_id") or "")
         params = {} if deployment is None else deployment.litellm_params.model_dump(exclude_none=True)
         info = {} if deployment is None else deployment.model_info.model_dump(exclude_none=True)
         configured = str(params.get("model") or model)  # of a wildcard: the provider before, the client's name behind
@@ -3339,7 +3377,7 @@ class SdkBackend:
         held: list[bytes] = []
         try:
             self._check_keys(model)
-            call = getattr(self, endpoint.function, None) or getattr(self._router, endpoint.function)
+            call = getattr(self, endpoint.function, None) or getattr(self.router, endpoint.function)
             if endpoint.adds_headers:
                 exchange.headers_to_add = headers
                 result = await call(**params)
@@ -3468,7 +3506,7 @@ class SdkBackend:
 
     async def count_tokens(self, **params: Any) -> Any:
         """How many input tokens Anthropic's ``count_tokens`` body has: the provider's own count where it has one."""
-        deployment = await self._router.async_get_available_deployment(params["model"], request_kwargs={})
+        deployment = await self.router.async_get_available_deployment(params["model"], request_kwargs={})
         configured = deployment["litellm_params"]
         model = configured["model"]
         provider = configured.get("custom_llm_provider")
@@ -3503,7 +3541,7 @@ class SdkBackend:
 
     def close(self) -> None:
         """Take the Router out of LiteLLM's lists; calls that it is at work on end as they began."""
-        self._router.discard()
+        self.router.discard()
 
 
 OLLAMA_ABILITIES = {"tools": "supports_function_calling", "vision": "supports_vision", "thinking": "supports_reasoning"}
@@ -3919,18 +3957,18 @@ class Pool:
     """The connections to one upstream; idle ones are used again, the last used first. One lock, held for no I/O."""
 
     def __init__(self, upstream: Upstream) -> None:
-        self.upstream, self._changed = upstream, threading.Condition()
+        self.upstream, self._lock = upstream, threading.Lock()
         self._idle: deque[tuple[socket.socket, float]] = deque()
         self._busy = 0
         self._closed = False
 
     def take(self, *, fresh: bool = False) -> tuple[socket.socket, bool]:
         """A connection, and whether it was used before; raises ProxyError 503 where none can be made."""
-        with self._changed:
+        with self._lock:
             self._busy += 1
         try:
             while not fresh:
-                with self._changed:
+                with self._lock:
                     if not self._idle:
                         break
                     sock, since = self._idle.pop()
@@ -3947,7 +3985,7 @@ class Pool:
         """Take back a connection, to be used again where a whole answer was read on it; close those idle for long."""
         now = time.monotonic()
         dropped = [] if keep else [sock]
-        with self._changed:
+        with self._lock:
             if keep:
                 self._idle.append((sock, now))
             while self._idle and (
@@ -3959,28 +3997,22 @@ class Pool:
         self._leave()
 
     def _leave(self) -> None:
-        with self._changed:
+        with self._lock:
             self._busy -= 1
-            self._changed.notify_all()
 
     def count(self) -> dict[str, int]:
         """How many connections are busy, and how many idle."""
-        with self._changed:
+        with self._lock:
             return {"busy": self._busy, "idle": len(self._idle)}
 
     def close(self) -> None:
         """Close what is idle, and from now on whatever comes back."""
         self.upstream.close()
-        with self._changed:
+        with self._lock:
             self._closed = True
             idle, self._idle = self._idle, deque()
         for sock, _ in idle:
             sock.close()
-
-    def wait_quiet(self, seconds: float) -> bool:
-        """Wait until no connection is busy; False where some still were at the end."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._busy == 0, seconds)
 
 
 def readable(sock: socket.socket) -> bool:
@@ -4254,11 +4286,10 @@ class BinaryBackend:
         """A 101: from here on bytes flow both ways, whatever they are."""
         fields = [*headers.end_to_end(), ("Connection", "Upgrade"), ("Upgrade", headers.get("upgrade"))]
 
-        def tunnel(client: socket.socket, early: bytes) -> None:
+        def tunnel(client: socket.socket, head: bytes, early: bytes) -> None:
             try:
                 connection.sock.sendall(early)
-                first = connection.reader.some(RECEIVE_BYTES) if connection.reader.buffered else b""
-                client.sendall(first)
+                client.sendall(head + (connection.reader.some(RECEIVE_BYTES) if connection.reader.buffered else b""))
                 pump(client, connection.sock)
             finally:
                 self._finish(connection, keep=False)
@@ -4373,11 +4404,15 @@ def pump(left: socket.socket, right: socket.socket) -> None:
 
 
 # The child's program: LiteLLM's command line, and a watch over the pipe that the proxy holds. The proxy never writes
-# to it, so that the read returns when the proxy is gone, however it went; then the whole process group goes too.
+# to it, so that the read returns when the proxy is gone, however it went; then the whole process group goes too, and
+# what would be left of it: the copy of the config.
 CHILD_PROGRAM = """\
-import os, signal, sys, threading
+import contextlib, os, signal, sys, threading
+copy = sys.argv.pop(1)
 def watch():
     os.read(0, 1)
+    with contextlib.suppress(OSError):
+        os.unlink(copy)
     os.killpg(0, signal.SIGKILL)
 threading.Thread(target=watch, daemon=True).start()
 from litellm import run_server
@@ -4387,14 +4422,20 @@ sys.exit(run_server())
 
 
 class LitellmServer:
-    """LiteLLM's server as our child: started, watched, restarted with growing pauses, taken down with us."""
+    """LiteLLM's server as our child: started, watched, restarted with growing pauses, taken down with us.
+
+    It reads a copy of the config: an edit that was refused, or not yet taken over, must not come with a restart.
+    """
 
     def __init__(self, config: Config, port: int, log: Log) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.config, self._port, self._log = config, port, log
+        self._copy = Path(f"{config.path}.{port}.yaml")
+        self._stillborn = ""  # its last word, where it has died without ever having served
         self._stopping = threading.Event()
         self._up = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
+        self._served = False
         self.restarts = 0
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)  # shown where it dies: it says a lot while it is well
         self._thread = threading.Thread(target=self._supervise, name="LiteLLM server", daemon=True)
@@ -4418,10 +4459,12 @@ class LitellmServer:
         """Return when the server answers, or when the program is to stop.
 
         Raises:
-            StartError: it did not within `CHILD_READY_SECONDS`.
+            StartError: it did not within `CHILD_READY_SECONDS`, or died before.
         """
         deadline = time.monotonic() + CHILD_READY_SECONDS
         while not self._up.wait(0.1) and not stopped():
+            if self._stillborn:
+                raise StartError(f"the LiteLLM server does not start with this config: {self._stillborn}")
             if time.monotonic() > deadline:
                 limit = f"{CHILD_READY_SECONDS:g} s"
                 raise StartError(f"the LiteLLM server did not get ready within {limit}; its output is above")
@@ -4441,16 +4484,21 @@ class LitellmServer:
                 pauses = deque(CHILD_PAUSES)
             pause = pauses.popleft() if len(pauses) > 1 else pauses[0]
             self.restarts += 1
-            for text in filter(None, self._last_words):
+            words = [text for text in self._last_words if text]
+            for text in words:
                 self._log.event("ERROR", "litellm", "output", message=text)
             self._last_words.clear()
+            if not self._served:
+                named = (text for text in reversed(words) if re.match(r"[\w.]*(Error|Exception)\b", text))
+                self._stillborn = self._log.redact(next(named, words[-1] if words else "it ended without a word"))
             self._log.event("ERROR", "litellm", "died", message=f"the LiteLLM server stopped; restart in {pause:g} s")
             self._stopping.wait(pause)
 
     def _run_once(self) -> None:
         """Start the server and stay with it until it ends."""
-        arguments = ["--config", self.config.path, "--host", "127.0.0.1", "--port", str(self._port)]
-        environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", **os.environ}
+        config = save_copy(self.config, self._copy)
+        arguments = [str(self._copy), "--config", config, "--host", "127.0.0.1", "--port", str(self._port)]
+        environment = {**LITELLM_ENVIRONMENT, **self.config.environment}
         # Loopback only and behind this proxy: a missing or weak master key is acceptable there.
         environment["LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"] = "true"
         self._process = subprocess.Popen(
@@ -4481,6 +4529,7 @@ class LitellmServer:
         shown = 0
         while process.poll() is None and not self._stopping.is_set():
             if server_answers(self._port) and process.poll() is None:
+                self._served, self._stillborn = True, ""
                 self._up.set()
                 return
             passed = int(time.monotonic() - began)
@@ -4512,6 +4561,7 @@ class LitellmServer:
                 pass
             break
         self._thread.join(CHILD_STOP_SECONDS)
+        self._copy.unlink(missing_ok=True)
 
 
 def server_answers(port: int) -> bool:
@@ -4764,6 +4814,31 @@ def nothing(*_: Any) -> None:
     """Stands for a callback that has been called."""
 
 
+class InFlight:
+    """Counts the requests under way, from head to end, so that what serves them is not taken away before the last."""
+
+    def __init__(self) -> None:
+        self._changed, self._count, self._closed = threading.Condition(), 0, False
+
+    def begin(self) -> bool:
+        """A request begins; False where it is too late for that."""
+        with self._changed:
+            self._count += not self._closed
+            return not self._closed
+
+    def end(self) -> None:
+        """A request that had begun has ended."""
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def close(self, seconds: float) -> None:
+        """Let none begin any more, and wait this long for the rest to end."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._count, seconds)
+
+
 @dataclass(frozen=True)
 class Serving:
     """What requests are served with, from one reading of the config to the next.
@@ -4771,11 +4846,13 @@ class Serving:
     Args:
         primary: the backend of this front.
         sides: by name, those to which a header pattern may send its client.
+        in_flight: of all that share a LiteLLM server.
     """
 
     config: Config
     primary: Backend
     sides: Mapping[str, Backend] = field(default_factory=dict)
+    in_flight: InFlight = field(default_factory=InFlight)
 
     def backend(self, route: Route) -> Backend:
         """The backend for a request with this route."""
@@ -4822,7 +4899,8 @@ class Application:
 
     def answer(self, request: Request) -> Response:
         """Serve one request; every outcome but a vanished client is a Response."""
-        serving = self.serving
+        while not (serving := self.serving).in_flight.begin():
+            pass  # it was replaced this very moment
         record = Record(request, time.monotonic(), serving)
         request.id = request_id_of(request.headers)
         own = self._own.get(unquote(request.path))  # LiteLLM's server has a /health of its own, which calls every model
@@ -4845,13 +4923,28 @@ class Application:
             response = self._error(defect(error, request.id, self._log), request)
         record.backend = response.backend or record.backend
         response.headers = self._headers(record, response)
-        if isinstance(response.body, bytes):
+        if response.tunnel:
+            response.tunnel = self._watched_tunnel(record, response, response.tunnel)
+        elif isinstance(response.body, bytes):
             record.ttft = record.seconds()
             self._end(record, response)
         else:
             body = WatchedBody(response.body, record.first_byte, lambda status: self._end(record, response, status))
             response.body = body
         return response
+
+    def _watched_tunnel(
+        self, record: Record, response: Response, tunnel: Callable[[socket.socket, bytes, bytes], None]
+    ) -> Callable[[socket.socket, bytes, bytes], None]:
+        """The same tunnel; with its end, the request has ended."""
+
+        def watched(client: socket.socket, head: bytes, early: bytes) -> None:
+            try:
+                tunnel(client, head, early)
+            finally:
+                self._end(record, response)
+
+        return watched
 
     def _headers(self, record: Record, response: Response) -> list[tuple[str, str]]:
         """The answer's header fields with ours in them."""
@@ -4914,6 +5007,7 @@ class Application:
 
     def _end(self, record: Record, response: Response, status: int | None = None) -> None:
         """A request has ended: count it, log it. 499 says that the client left."""
+        record.serving.in_flight.end()
         status = status or response.tally.error_status or response.status
         request, route = record.request, record.route
         memory_error = self._watch_memory(response)
@@ -5205,14 +5299,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = closing
         reason = reason_phrase(response.status) if response.reason is None else response.reason
         head = head_bytes(f"HTTP/1.1 {response.status} {reason}", fields)
-        if isinstance(body, bytes):
-            self._write(head if request.method == "HEAD" else head + body)
-        else:
-            self._stream(head, body, chunked)
         if response.tunnel:
             self.close_connection = True
             self.connection.settimeout(None)
-            response.tunnel(self.connection, self._reader.some(RECEIVE_BYTES) if self._reader.buffered else b"")
+            response.tunnel(self.connection, head, self._reader.some(RECEIVE_BYTES) if self._reader.buffered else b"")
+        elif isinstance(body, bytes):
+            self._write(head if request.method == "HEAD" else head + body)
+        else:
+            self._stream(head, body, chunked)
 
     def _stream(self, head: bytes, body: Iterator[bytes], chunked: bool) -> None:
         """Write an answer as it comes. One that breaks off leaves the connection closed without its end marked."""
@@ -5433,6 +5527,11 @@ class Settings:
         """Whether LiteLLM's SDK is needed."""
         return self.mode != "binary"
 
+    @property
+    def ports(self) -> tuple[tuple[int, bool], ...]:
+        """Each port with whether this mode listens on it."""
+        return (self.port, True), (self.sdk_port, self.mode == "both"), (self.litellm_port, self.needs_server)
+
     def primary_side(self, config: Config) -> str:
         """Which side serves the main port; under --mode both the config says so, and may change it."""
         if self.mode != "both":
@@ -5458,13 +5557,14 @@ def refuse_open_bind(settings: Settings, config: Config) -> None:
 
 @dataclass(frozen=True)
 class Sides:
-    """The backends of one config; ``server`` is the LiteLLM server that is our child."""
+    """The backends of one config; ``server`` is the LiteLLM server that is our child, ``in_flight`` its requests."""
 
     config: Config
     primary: str
     sdk: SdkBackend | None = None
     binary: BinaryBackend | None = None
     server: LitellmServer | None = None
+    in_flight: InFlight = field(default_factory=InFlight)
 
 
 def say(line: str) -> None:
@@ -5501,6 +5601,9 @@ class Program:
         self._breaker = CircuitBreaker(self._breaker_changed)
         self._runtime: SdkRuntime | None = None
         self._sides = Sides(config, "")
+        self._complete = config  # the last one by which all sides served
+        self._coming: LitellmServer | None = None  # the server of a config that waits for it
+        self._secrets: frozenset[str] = frozenset()  # of every config so far
         self._fronts: list[tuple[str, Front]] = []  # "main" or "sdk"
         self._lock = threading.Lock()  # one change of the sides at a time
         self._loads = 0
@@ -5555,7 +5658,7 @@ class Program:
         self._breaker.configure(*new.config.breaker)
         for role, front in self._fronts:
             front.application.serving = self._for_front(role)
-        if old.sdk and old.sdk is not new.sdk:
+        if old.sdk and new.sdk and old.sdk.router is not new.sdk.router:
             old.sdk.close()
         return old
 
@@ -5568,8 +5671,8 @@ class Program:
             both = Failover(sides.sdk, sides.binary, self._breaker, self._log) if sides.binary else sides.sdk
             backends["sdk"] = both
         if role == "main":
-            return Serving(sides.config, backends[sides.primary], backends)
-        return Serving(sides.config, backends[role])
+            return Serving(sides.config, backends[sides.primary], backends, sides.in_flight)
+        return Serving(sides.config, backends[role], in_flight=sides.in_flight)
 
     def _serving(self) -> dict[str, str]:
         """Front URL → the side that serves it."""
@@ -5596,11 +5699,19 @@ class Program:
 
     def reload(self) -> None:
         """Read the config again, and serve the next requests by it; one that cannot be used changes nothing."""
+
+        def read_again() -> None:
+            config = load_config(self._sides.config.path, self._given)
+            refuse_open_bind(self._settings, config)
+            self._take_over(config)
+
+        self._change(read_again)
+
+    def _change(self, change: Callable[[], None]) -> None:
+        """Make one change of the sides; where it fails, say why."""
         try:
             with self._lock:
-                config = load_config(self._sides.config.path, self._given)
-                refuse_open_bind(self._settings, config)
-                self._take_over(config)
+                change()
         except ConfigError as error:
             self._refused([str(problem) for problem in error.problems])
         except StartError as error:
@@ -5609,64 +5720,89 @@ class Program:
             self._refused([str(defect(error, "-", self._log))])
 
     def _refused(self, problems: Sequence[str]) -> None:
+        problems = [self._log.redact(problem) for problem in problems]
         for problem in problems:
             message = f"the config is not taken over, the old one stays: {problem}"
             self._log.event("ERROR", "config", "refused", message=message)
         self._publish(problems, self._serving())
 
-    def _take_over(self, config: Config) -> None:
-        """Make the backends of a new config, and serve by them as far as they are ready."""
+    def _sides_for(self, config: Config) -> Sides:
+        """The backends of a config; its LiteLLM server may still be starting. Raises StartError."""
         old = self._sides
-        server = old.server
         apply_environment(config, old.config)
-        self._log.redact = Redactor(config.secrets | old.config.secrets | environment_secrets())
+        self._secrets |= old.config.secrets | config.secrets | environment_secrets()
+        self._log.redact = Redactor(self._secrets)
         try:
-            sdk = SdkBackend(config, self._runtime) if self._runtime else None
-            if server and server.config.server_part != config.server_part:
-                server = LitellmServer(config, free_port(self._settings.litellm_port), self._log)
-                server.start()
+            sdk = SdkBackend(config, self._runtime, old.sdk) if self._runtime else None
+            server = self._server_for(config)
         except StartError:
             apply_environment(old.config, config)
             if self._runtime:
                 self._runtime.apply_settings(old.config)
             raise
+        in_flight = old.in_flight if server is old.server else InFlight()
+        primary = self._settings.primary_side(config)
+        return Sides(config, primary, sdk, self._binary(config, server), server, in_flight)
+
+    def _take_over(self, config: Config) -> None:
+        """Serve by a new config, as far as its backends are ready; raises StartError."""
+        old, new = self._sides, self._sides_for(config)
         self._loads += 1  # from here on, a switch of an earlier config that still waits is overtaken
         for warning in config.warnings:
             self._log.event("WARNING", "config", "warning", message=str(warning))
-        primary = self._settings.primary_side(config)
-        new = Sides(config, primary, sdk, self._binary(config, server), server)
-        moves = primary == "binary" != old.primary
-        if server is None or (server is old.server and not (moves and server.down())):
+        moves = new.primary == "binary" != old.primary
+        if new.server is None or (new.server is old.server and not (moves and new.server.down())):
             self._switch(new)
             return
         # The server takes its time. Until then the one before goes on, by the new config's patterns.
-        stays = old.primary if moves else primary
-        self._install(Sides(config, stays, sdk, self._binary(config, old.server), old.server))
+        stays = old.primary if moves else new.primary
+        binary = self._binary(config, old.server)
+        self._install(replace(new, primary=stays, binary=binary, server=old.server, in_flight=old.in_flight))
         threading.Thread(target=self._switch_later, args=(new, self._loads), name="switch", daemon=True).start()
 
+    def _server_for(self, config: Config) -> LitellmServer | None:
+        """The LiteLLM server of a config: the one that serves, or that is coming, where they read the same; or one
+        that is started for it, and takes the place of any that is coming; None where there is none."""
+        current, coming = self._sides.server, self._coming
+        if current is None or current.config.server_part == config.server_part:
+            server = current
+        elif coming and coming.config.server_part == config.server_part:
+            return coming
+        else:
+            server = LitellmServer(config, free_port(self._settings.litellm_port), self._log)
+            server.start()
+        self._coming = None if server is current else server
+        if coming:
+            threading.Thread(target=coming.stop, name="overtaken", daemon=True).start()
+        return server
+
     def _switch_later(self, new: Sides, reading: int) -> None:
-        """Switch to a LiteLLM server as soon as it is ready, unless a later config has come before that."""
-        server = new.server
-        assert server
+        """Switch to a LiteLLM server as soon as it is ready, unless a later config has come before that.
+
+        Where it does not get ready, all goes back to the config before: the sides must not differ.
+        """
+        assert new.server
         fault: StartError | None = None
         try:
-            server.wait(lambda: self._stopped() or self._loads != reading)
+            new.server.wait(lambda: self._stopped() or self._loads != reading)
         except StartError as error:
             fault = error
-        with self._lock:
-            overtaken = self._stopped() or self._loads != reading
-            if not (fault or overtaken):
-                self._switch(new)
+
+        def conclude() -> None:
+            if self._stopped() or self._loads != reading:
                 return
-            unused = server is not self._sides.server
-        if unused:
-            server.stop()
-        if fault and not overtaken:
-            self._refused([f"{fault}; binary mode goes on as before"])
+            if fault:
+                self._install(self._sides_for(self._complete))
+                raise fault
+            self._coming = None
+            self._switch(new)
+
+        self._change(conclude)
 
     def _switch(self, new: Sides) -> None:
         """Serve by these sides, all of them ready; say so, and let go of the old ones once their requests are done."""
         old = self._install(new)
+        self._complete = new.config
         counts = f"{len(new.config.model_names)} models, {len(new.config.mappings.patterns)} patterns"
         message = f"config taken over: {counts}; {new.primary} serves the main port"
         self._log.event("INFO", "config", "reloaded", message=message)
@@ -5676,10 +5812,10 @@ class Program:
 
     @staticmethod
     def _retire_server(old: Sides) -> None:
-        """Stop a LiteLLM server once nobody waits for it any more."""
+        """Stop a LiteLLM server once nobody needs it any more."""
         assert old.binary and old.server
+        old.in_flight.close(old.config.request_seconds)
         old.binary.pool.close()
-        old.binary.pool.wait_quiet(old.config.request_seconds)
         old.server.stop()
 
     def guide(self) -> list[str]:
@@ -5714,12 +5850,13 @@ class Program:
             thread.join()
         with self._lock:
             sides = self._sides
+            coming = self._coming
         if sides.binary:
             sides.binary.pool.close()
         if self._runtime:
             self._runtime.close()
-        if sides.server:
-            sides.server.stop()
+        for server in filter(None, (sides.server, coming)):
+            server.stop()
 
 
 BREAKER_NEWS = {
@@ -5799,10 +5936,18 @@ def running_proxy(config_path: str) -> tuple[int, dict[str, Any]] | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return int(file.read()), json.loads(Path(f"{config_path}.status").read_text())
+                return int(file.read()), published_status(config_path)
     except (OSError, ValueError):
         pass
     return None
+
+
+def published_status(config_path: str) -> dict[str, Any]:
+    """What the proxy that runs with this config says of itself; that of one that is still starting has no loads."""
+    try:
+        return json_object(Path(f"{config_path}.status").read_bytes())
+    except OSError:
+        return {"loads": 0}
 
 
 def set_use_sdk(path: str, value: bool) -> None:
@@ -5818,13 +5963,13 @@ def set_use_sdk(path: str, value: bool) -> None:
         raise StartError(f"{path}: general_settings.experimental must be a mapping")
     wanted["general_settings"] = {**general, "experimental": {**experimental, "use_sdk_proxy": value}}
     real = Path(path).resolve()
+    part = real.with_name(f"{real.name}.{os.getpid()}.part")
     try:
-        text = real.read_bytes().decode()
-        part = real.with_name(f"{real.name}.{os.getpid()}.part")
-        part.write_bytes(with_use_sdk(text, value).encode())
+        text = with_use_sdk(real.read_bytes().decode(), value)
+        if values_of(read_nodes(path, [], text)) != wanted:
+            raise ValueError
         try:
-            if values_of(read_nodes(str(part), [])) != wanted:
-                raise ValueError
+            part.write_bytes(text.encode())
             shutil.copymode(real, part)
             part.replace(real)
         finally:
@@ -6983,7 +7128,7 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
         except (ValueError, argparse.ArgumentTypeError):
             raise StartError(f"{text!r} is no port (0 to 65535)") from None
 
-    return Settings(
+    settings = Settings(
         mode=mode,
         host=arguments.host,
         port=port(arguments.port, config.environment.get("PROXY_PORT"), fallback, DEFAULT_PORT),
@@ -6996,6 +7141,10 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
             is_loopback(arguments.host.lower()), frozenset(arguments.allow_host), frozenset(arguments.allow_origin)
         ),
     )
+    taken = [number for number, used in settings.ports if used and number]
+    if len(set(taken)) < len(taken):
+        raise StartError(f"--port, --sdk-port and --litellm-port must differ, not {', '.join(map(str, taken))}")
+    return settings
 
 
 def needs_server(argv: Sequence[str]) -> bool:
@@ -7051,7 +7200,7 @@ class Watch:
     def _look(self) -> list[tuple[int, int, int]]:
         """What the file system says of the config, its ``include`` files and ``.env``."""
         found = []
-        for path in (self._path, ".env", *included_files(self._path)):
+        for path in (self._path, str(dotenv_path(self._path)), *included_files(self._path)):
             with contextlib.suppress(OSError):
                 state = Path(path).stat()
                 found.append((state.st_mtime_ns, state.st_size, state.st_ino))
@@ -7129,6 +7278,8 @@ def move_traffic(arguments: argparse.Namespace, use_sdk: bool) -> int:
         print("no proxy runs with this config: it counts at the next start")
         return 1
     pid, status = before
+    if not status["loads"]:  # it is starting, and may have read the config before or after the change
+        status = await_load(path, 0)
     os.kill(pid, signal.SIGHUP)
     now = await_load(path, status["loads"])
     for problem in now["problems"]:

@@ -712,6 +712,26 @@ def test_an_unusable_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
 
 
+def test_the_env_file_beside_the_config_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside, elsewhere = tmp_path / "beside", tmp_path / "elsewhere"
+    for folder in (beside, elsewhere):
+        folder.mkdir()
+        (folder / ".env").write_text(f"WHERE={folder.name}\n")
+    config = write_config(
+        beside, "model_list: [{model_name: a, litellm_params: {model: openai/a, api_key: os.environ/WHERE}}]"
+    )
+    monkeypatch.chdir(elsewhere)
+    assert proxy.load_config(config, {}).environment["WHERE"] == "beside"
+    (beside / ".env").unlink()
+    assert proxy.load_config(config, {}).environment["WHERE"] == "elsewhere"
+
+
+def test_a_pipe_is_no_config(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(proxy.ConfigError, match="is no regular file"):
+        proxy.load_config(str(tmp_path / "config.yaml"), {})
+
+
 def test_included_files_are_merged(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text(yaml.safe_dump({"model_list": [model("b", "openai/b", "http://h")]}))
     document = {"include": ["more.yaml"], "model_list": [model("a", "openai/a", "http://h")]}
@@ -3170,6 +3190,7 @@ def test_no_litellm_server_outlives_a_killed_proxy(shared_provider: Provider) ->
     running.process.wait()
     wait_until(lambda: refuses_connections(port), 5)
     wait_until(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text(), 5)
+    assert not list(running.config.parent.glob("config.yaml.*.yaml")), "its copy of the config has gone with it"
 
 
 def refuses_connections(port: int | str) -> bool:
@@ -3755,6 +3776,9 @@ def test_a_new_config_is_taken_over_by_the_next_request(shared_provider: Provide
     env_file.write_text("NEW_KEY=key-out-of-dotenv-2\n")
     reload(running, lambda document: document["litellm_settings"].clear())
     assert running.chat().status_code == 200 and provider.last.header("authorization") == "Bearer key-out-of-dotenv-2"
+    env_file.write_text("NEW_KEY=key-out-of-dotenv-3\n")
+    reload(running, lambda _: None)
+    assert running.chat("key-out-of-dotenv-1").status_code in (400, 404), "keys of long ago are secrets still"
     assert running.stop() == 0
     assert "key-out-of-dotenv" not in running.output and "sk-a-new" not in running.output
 
@@ -3972,6 +3996,17 @@ def test_the_switch_changes_one_line_and_keeps_the_rest(tmp_path: Path, before: 
     assert path.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [path]
 
 
+def test_the_switch_follows_a_link_to_a_config_with_includes(tmp_path: Path) -> None:
+    real = tmp_path / "real" / "config.yaml"
+    real.parent.mkdir()
+    real.write_text("include: [models.yaml]\n")
+    (tmp_path / "models.yaml").write_text("model_list: []\n")  # looked for beside the link, as LiteLLM does
+    link = tmp_path / "config.yaml"
+    link.symlink_to(real)
+    proxy.set_use_sdk(str(link), True)
+    assert link.is_symlink() and "use_sdk_proxy: true" in real.read_text()
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -3991,24 +4026,96 @@ def test_a_config_that_cannot_be_changed_safely_is_left_alone(tmp_path: Path, te
     assert path.read_text() == text and len(list(tmp_path.iterdir())) == 2
 
 
+CALLBACK = """\
+from litellm.integrations.custom_logger import CustomLogger
+handler = CustomLogger()
+"""
+
+
 def test_a_new_litellm_server_takes_over_without_a_gap(shared_provider: Provider, provider: Provider) -> None:
-    running = Proxy(
-        config_for(shared_provider), "--mode", "both", "--sdk-port", "0", "--litellm-port", str(free_port())
-    )
+    arguments = ("--mode", "both", "--sdk-port", "0", "--litellm-port", str(free_port()), "--log-level", "debug")
+    running = Proxy(config_for(shared_provider), *arguments)
     old = server_pid(running)
-    with Load(running, rate=5) as load:
+    running.config.with_name("beside.py").write_text(CALLBACK)
+    whole = json.dumps(chat_body()).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(whole)}\r\nConnection: close\r\n\r\n"
+
+    def change(document: dict[str, Any]) -> None:
+        document["model_list"].append(model("added", "openai/gpt-added", f"{provider.url}/v1"))
+        document["litellm_settings"] = {"callbacks": ["beside.handler"]}
+
+    with Load(running, rate=5) as load, socket.create_connection(("127.0.0.1", running.port), 60) as slow:
+        slow.sendall(head.encode() + whole[:20])  # it began under the old server, and is to end there
         load.wait_for("binary")
-        added = model("added", "openai/gpt-added", f"{provider.url}/v1")
-        rewrite(running, lambda document: document["model_list"].append(added))
-        running.process.send_signal(signal.SIGHUP)
+        rewrite(running, change)
         sdk_url = running.ready()[1]
         ask = lambda url: httpx.post(f"{url}{CHAT}", json=chat_body("added"), trust_env=False).status_code  # noqa: E731
-        wait_until(lambda: ask(sdk_url) == 200, 5)
+        for _ in range(4):  # the same config again: its server keeps starting
+            running.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: ask(sdk_url) == 200, 5)
         wait_until(lambda: '"event": "reloaded"' in running.output, 90)
         assert ask(running.url) == 200
         load.wait_for("binary")
+        slow.sendall(whole[20:])
+        assert slow.recv(65536).startswith(b"HTTP/1.1 200 ")
     assert not load.failed and set(load.sides) == {"binary"}
     wait_until(lambda: not Path(f"/proc/{old}").exists(), 30)
+    assert len(set(re.findall(r"Started server process \[(\d+)\]", running.output))) == 2
+    assert running.stop() == 0
+    assert "Traceback" not in running.output
+
+
+def test_a_config_that_litellms_server_refuses_changes_nothing(shared_provider: Provider, provider: Provider) -> None:
+    running = Proxy(
+        config_for(shared_provider), "--mode", "both", "--sdk-port", "0", "--litellm-port", str(free_port())
+    )
+    sdk_url = running.ready()[1]
+
+    def memory_of(url: str) -> str | None:
+        assert httpx.post(f"{url}{CHAT}", json=chat_body(), trust_env=False).status_code == 200
+        return provider.last.header("x-sm-user-id")
+
+    def spoil(document: dict[str, Any]) -> None:
+        document["general_settings"]["custom_auth"] = "no_such_module.function"
+        document["user_id_mappings"]["default_user_id"] = "spoilt"
+
+    good = running.config.read_text()
+    rewrite(running, spoil)
+    done = command(running, "cutover")
+    assert done.returncode == 1 and "no_such_module" in done.stdout and f"{running.url}: binary serves" in done.stdout
+    assert memory_of(running.url) == memory_of(sdk_url) == "default-dev"
+    os.kill(server_pid(running), signal.SIGKILL)  # what it reads then is not what the file says now
+    wait_until(lambda: running.chat().headers["x-proxy-backend"] == "binary" and running.chat().status_code == 503)
+    wait_until(lambda: running.chat().status_code == 200, 90)
+    assert memory_of(running.url) == "default-dev"
+    reload(running, good)
+    running.process.terminate()
+    running.process.wait(40)
+    assert [path.name for path in running.config.parent.iterdir()] == ["config.yaml"], "its files have gone with it"
+    assert running.stop() == 0
+
+
+def test_a_litellm_server_that_cannot_start_is_one_clear_line(shared_provider: Provider) -> None:
+    config = config_for(shared_provider)
+    config["general_settings"]["custom_auth"] = "no_such_module.function"
+    running = Proxy(config, "--mode", "binary", "--litellm-port", str(free_port()), wait=False)
+    assert running.process.wait(90) == 2
+    wait_until(lambda: "error: the LiteLLM server does not start" in running.output)
+    assert "no_such_module" in running.lines[-1]
+    running.stop()
+
+
+def test_cutover_reaches_a_proxy_that_is_still_starting(shared_provider: Provider) -> None:
+    running = Proxy(
+        config_for(shared_provider),
+        *("--mode", "both", "--sdk-port", "0", "--litellm-url", shared_provider.url),
+        wait=False,
+    )
+    wait_until(lambda: Path(f"{running.config}.pid").exists())
+    done = command(running, "cutover")
+    running.wait_ready(2)
+    assert done.returncode == 0 and f"{running.url}: sdk serves" in done.stdout, done
+    assert running.chat().headers["x-proxy-backend"] == "sdk"
     assert running.stop() == 0
 
 
@@ -4472,6 +4579,18 @@ def test_a_port_that_is_taken_is_one_clear_line(shared_provider: Provider) -> No
     assert running.process.wait(20) == 2
     running.stop()
     assert any(line.startswith("error: ") and port in line for line in running.lines)
+
+
+@pytest.mark.parametrize(
+    "ports",
+    [("--mode", "binary", "--litellm-port"), ("--mode", "both", "--sdk-port"), ("--run-both", "--litellm-port")],
+)
+def test_one_port_for_two_is_one_clear_line(shared_provider: Provider, ports: tuple[str, ...]) -> None:
+    port = str(free_port())
+    running = Proxy(config_for(shared_provider), *ports, port, "--port", port, wait=False)
+    assert running.process.wait(20) == 2
+    running.stop()
+    assert any(line.startswith("error: --port") and port in line for line in running.lines)
 
 
 def test_the_start_tells_what_to_do_next(sdk: Proxy) -> None:
