@@ -3171,13 +3171,16 @@ def server_pid(running: Proxy) -> int:
     return int(found.stdout.split()[0])
 
 
-def test_a_litellm_server_that_dies_is_started_again(binary: Proxy, provider: Provider) -> None:
-    os.kill(server_pid(binary), signal.SIGKILL)
-    wait_until(lambda: binary.chat().status_code == 503)
-    response = binary.messages()
-    assert int(response.headers["retry-after"]) > 0 and response.json()["type"] == "error"
-    assert binary.client.get("/health").status_code == 503
-    wait_until(lambda: binary.chat().status_code == 200, 90)
+def test_a_litellm_server_that_dies_under_load_is_started_again(binary: Proxy, provider: Provider) -> None:
+    with Load(binary, rate=20) as load:
+        load.wait_for("binary")
+        os.kill(server_pid(binary), signal.SIGKILL)
+        wait_until(lambda: binary.chat().status_code == 503)
+        response = binary.messages()
+        assert int(response.headers["retry-after"]) > 0 and response.json()["type"] == "error"
+        assert binary.client.get("/health").status_code == 503
+        wait_until(lambda: binary.chat().status_code == 200, 90)
+    assert load.failed and all(said.startswith(("503 ", "502 ")) for said in load.failed), "each is told at once"
     assert binary.client.get("/health").json()["checks"]["litellm_server"]["status"] == "healthy"
 
 
@@ -3617,6 +3620,37 @@ def test_new_connections_take_the_place_of_idle_ones_and_else_are_refused(provid
         assert all(answer.result().startswith(b"HTTP/1.1 200 ") for answer in busy)
     assert running.client.get("/health").status_code == 200
     assert running.stop() == 0
+
+
+CHAT_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+# What a client sends at first, and then every few seconds → how long it may, and the status that it then gets.
+SLOW_CLIENTS = {
+    "head": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: ", b"a", proxy.HEAD_SECONDS, b"HTTP/1.1 408 "),
+    "body": (CHAT_HEAD + b'{"model": ', b"", proxy.BODY_SECONDS, b"HTTP/1.1 408 "),
+    "idle": (b"", b"", proxy.IDLE_SECONDS, b""),
+}
+
+
+def test_slow_and_idle_clients_are_let_go_and_delay_nobody(sdk: Proxy) -> None:
+    def be_slow(first: bytes, more: bytes) -> tuple[float, bytes]:
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", sdk.port), 3) as sock:
+            sock.sendall(first)
+            while time.monotonic() - began < 100:
+                with contextlib.suppress(TimeoutError):
+                    answer = sock.recv(65536)
+                    return time.monotonic() - began, answer
+                sock.sendall(more)
+        raise AssertionError("it was never let go")
+
+    with ThreadPoolExecutor() as pool:
+        clients = {kind: pool.submit(be_slow, *row[:2]) for kind, row in SLOW_CLIENTS.items()}
+        for _ in range(20):
+            assert sdk.client.get("/health").status_code == 200
+        for kind, client in clients.items():
+            (seconds, answer), (_, _, limit, status) = client.result(), SLOW_CLIENTS[kind]
+            assert answer.startswith(status) and bool(answer) == bool(status), kind
+            assert limit - 1 < seconds < limit + 20, kind
 
 
 def test_an_http_1_0_client_gets_a_stream_without_chunks(sdk: Proxy, provider: Provider) -> None:
