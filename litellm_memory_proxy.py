@@ -2623,6 +2623,8 @@ class Session:
 
     def _cookie_for(self, url: httpx.URL) -> str | None:
         """The Cookie header that belongs to a request for this URL, or None."""
+        if not self.cookie_count:  # most hosts hand out none, and the jar takes 2 % of a call to say so
+            return None
         import httpx
 
         request = httpx.Request("GET", url)
