@@ -2717,11 +2717,11 @@ class CookieGate(http.server.BaseHTTPRequestHandler):
     """A host on loopback that lets nobody in without its cookie, for the proof at the start."""
 
     def do_POST(self) -> None:
-        """503 in HTML with the cookie, or 200 to a request that has it."""
+        """503 in HTML with the cookie, or 400 to a request that has it: an answer would be logged, by large tables."""
         self.rfile.read(int(self.headers.get("content-length") or 0))
         passed = PROOF_COOKIE in (self.headers.get("cookie") or "")
         self.server.seen[self.path.split("/")[1]] = passed  # type: ignore[attr-defined]
-        self.send_response(200 if passed else 503)
+        self.send_response(400 if passed else 503)
         if not passed:
             self.send_header("Set-Cookie", f"{PROOF_COOKIE}=1; Path={self.path}")
         self.send_header("Content-Type", "application/json" if passed else "text/html")
@@ -2800,8 +2800,9 @@ RETRY_SETTINGS = frozenset("num_retries retry_policy model_group_retry_policy".s
 # Providers that log in with a device flow: asking LiteLLM whether their key is there would start it.
 DEVICE_FLOW_PROVIDERS = ("github_copilot/", "chatgpt/")
 
-# The proof of cookies at the start: one model for each HTTP stack (the OpenAI SDK's client, LiteLLM's own).
-PROOF_MODELS = {"openai": "openai/proof", "anthropic": "anthropic/proof"}
+# The proof of cookies at the start: for each HTTP stack (the OpenAI SDK's client, LiteLLM's own) a function of LiteLLM
+# that uses it. Claude by `acompletion` would load the tokenizer's tables, 40 MB that many never need.
+PROOFS = {"openai": "acompletion", "anthropic": "anthropic_messages"}
 PROOF_SECONDS = 5.0
 
 MODEL_CREATED = 1677610602  # Unix time that LiteLLM's server gives every model
@@ -3116,16 +3117,17 @@ class SdkRuntime:
 
         with cookie_gate() as (url, seen):
             calls = [
-                self.litellm.acompletion(
-                    model=model,
+                getattr(self.litellm, function)(
+                    model=f"{path}/proof",
                     messages=[{"role": "user", "content": "hello"}],
+                    max_tokens=1,
                     api_key="none",
                     api_base=f"{url}/{path}",
                     timeout=PROOF_SECONDS,
                     max_retries=0,
                     **{"no-log": True},
                 )
-                for path, model in PROOF_MODELS.items()
+                for path, function in PROOFS.items()
             ]
             await asyncio.gather(*calls, return_exceptions=True)
         self.session.forget(PROOF_COOKIE)
