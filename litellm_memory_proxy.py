@@ -133,6 +133,7 @@ LITELLM_RETRIES = 2  # LiteLLM's default number of retries, each with the whole 
 
 STREAM_HIGH_BYTES = 256 * 1024  # a stream that is this far ahead of its client is held back ...
 STREAM_LOW_BYTES = 64 * 1024  # ... until the client has caught up to here
+HOLD_SECONDS = 10.0  # a stream of mere signs of life is held back; a connection cut at its start is cut before that
 WRITE_BYTES = 64 * 1024  # one send to a client, so that SEND_SECONDS measures progress
 
 TALKING_SECONDS = 0.5  # between two looks at a client whose next request already waits
@@ -2218,7 +2219,7 @@ class Channel:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._items: SimpleQueue[Any] = SimpleQueue()
         self._written = self._read = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -2228,14 +2229,18 @@ class Channel:
 
     async def put(self, item: Any) -> None:
         """Hand an item over; waits while the reader is more than the high mark behind."""
+        self.put_now(item)
+        if self._written - self._read > STREAM_HIGH_BYTES:
+            await self._until_low()
+
+    def put_now(self, item: Any) -> None:
+        """Hand over an item that is small."""
         self._items.put(item)
         if isinstance(item, bytes):
             self._written += len(item)
-            if self._written - self._read > STREAM_HIGH_BYTES:
-                await self._until_low()
 
     async def _until_low(self) -> None:
-        self._waiter = self._loop.create_future()
+        self._waiter = self.loop.create_future()
         try:
             if self._written - self._read > STREAM_LOW_BYTES:  # else the reader caught up before it saw the waiter
                 await self._waiter
@@ -2280,7 +2285,7 @@ class Channel:
         if isinstance(item, bytes):
             self._read += len(item)
             if self._waiter is not None and self._written - self._read <= STREAM_LOW_BYTES:
-                self._loop.call_soon_threadsafe(self._wake)
+                self.loop.call_soon_threadsafe(self._wake)
         return item
 
     def drain(self) -> None:
@@ -2444,7 +2449,8 @@ class Exchange:
     """What the session saw while it served one client request; of several attempts, the last.
 
     ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
-    failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where it was an error.
+    failed; ``status`` and ``headers`` are of an answer that came, ``heard`` says whether a byte of its body came too,
+    and ``body`` is its body where it was an error.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request, for routes on which LiteLLM sends none of a client's.
     """
@@ -2454,6 +2460,7 @@ class Exchange:
     host: str = ""
     status: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
+    heard: bool = False
     body: bytes = b""
     fault: Exception | None = None
     challenged: bool = False
@@ -2461,7 +2468,7 @@ class Exchange:
 
     def begin(self, host: str) -> None:
         """A request goes out: what an earlier attempt saw is forgotten."""
-        self.sent, self.host, self.status = self.sent + 1, host, None
+        self.sent, self.host, self.status, self.heard = self.sent + 1, host, None, False
         self.headers, self.body, self.fault, self.challenged = (), b"", None, False
 
     def answered(self, response: httpx.Response) -> None:
@@ -2471,7 +2478,7 @@ class Exchange:
 
     @property
     def failed(self) -> bool:
-        """Whether the provider could not be reached, or answered with an error."""
+        """Whether the provider could not be reached, broke off, or answered with an error."""
         return self.fault is not None or (self.status or 0) >= 400
 
     def header(self, name: str) -> str:
@@ -2497,6 +2504,7 @@ class Session:
         self._file, self._log = cookie_file, log
         self._jar = LWPCookieJar()
         self._cookies = httpx.Cookies(self._jar)
+        self._watched = watched_body()
         self.fault: str | None = None  # why cookies do not survive, where a proof has shown it
         self._shared: Any = None  # the one aiohttp session under all of LiteLLM's transports
         self._used: WeakSet[Any] = WeakSet()  # httpx's own transports, to be closed at the end
@@ -2595,6 +2603,7 @@ class Session:
                 request.headers["cookie"] = cookie
             response = yield from self._sent(request, exchange)
             exchange.answered(response)
+            response.stream = self._watched(response.stream, exchange)
             response.request = request
             self._keep_cookies(response)
             if not is_challenge(response):
@@ -2682,6 +2691,43 @@ class Session:
         """The ``session_manager`` row of ``/health``."""
         status = "unhealthy" if self.fault else "healthy"
         return {"status": status, "cookie_count": self.cookie_count, **({"reason": self.fault} if self.fault else {})}
+
+
+def watched_body() -> Callable[[Any, Exchange], Any]:
+    """The class of bodies that tell the exchange of their first byte, and of the fault that ends them early."""
+    import httpx
+
+    class WatchedAnswer(httpx.AsyncByteStream, httpx.SyncByteStream):
+        def __init__(self, stream: Any, exchange: Exchange) -> None:
+            self._stream, self._exchange = stream, exchange
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            with self._faults():
+                async for data in self._stream:
+                    self._exchange.heard = True
+                    yield data
+
+        def __iter__(self) -> Iterator[bytes]:
+            with self._faults():
+                for data in self._stream:
+                    self._exchange.heard = True
+                    yield data
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+        def close(self) -> None:
+            self._stream.close()
+
+        @contextlib.contextmanager
+        def _faults(self) -> Iterator[None]:
+            try:
+                yield
+            except Exception as error:
+                self._exchange.fault = error
+                raise
+
+    return WatchedAnswer
 
 
 def was_stale(error: Exception, request: httpx.Request, seconds: float) -> bool:
@@ -2853,7 +2899,7 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
     The first of them names the model as the client does, and all others stay as they are.
 
     Raises:
-        ProxyError: for the provider's error event, and 502 where the stream ended before its ``message_stop``.
+        ProxyError: for an error event, and 502 where the stream ended before its ``message_stop``.
     """
     if isinstance(stream, dict):  # mock_response knows no streams in this dialect
         from litellm.llms.anthropic.pass_through.messages.fake_stream_iterator import (
@@ -2875,7 +2921,12 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
             raise event_error(said)
         ended = ended or b"event: message_stop" in good
     if not ended:
-        raise ProxyError(502, "the provider's stream ended early", blame=BACKEND)
+        raise ended_early()
+
+
+def ended_early() -> ProxyError:
+    """The error of a stream without an end, or of one that never began."""
+    return ProxyError(502, "the provider's stream ended early", blame=BACKEND)
 
 
 def with_model(events: bytes, model: str) -> bytes:
@@ -3085,6 +3136,72 @@ def find_destination(path: str) -> Destination | None:
     above, _, last = path.rpartition("/")
     rows = ENDPOINTS.get(f"{above}/{{response_id}}") if last else None
     return Destination(rows, {"response_id": unquote(last)}) if rows else None
+
+
+OWN_EVENTS = 2  # the most that LiteLLM makes before it asks the provider: response.created and in_progress in 1.100
+SIGNS_OF_LIFE = re.compile(rb'(?:(?::[^\n]*|event: ?ping|data: ?\{"type": ?"ping"[^\n]*)?\n)*')
+
+
+class Opening:
+    """The beginning of a stream, held back until it is certain that the answer comes from here.
+
+    The head leaves with the first event that the provider has caused: until then an error has a status of its own, and
+    another backend may answer. What does not count: the events that LiteLLM makes before the provider has sent a byte,
+    and comments and pings, behind which an answer may still fail to come. They keep a slow stream alive, though: where
+    the provider has sent something, what is held goes out after `HOLD_SECONDS`, and all that follows at once.
+
+    Args:
+        fields: of the head, besides the provider's.
+    """
+
+    def __init__(self, channel: Channel, exchange: Exchange, fields: Sequence[tuple[str, str]]) -> None:
+        self._channel, self._exchange, self._fields = channel, exchange, fields
+        self._held: list[bytes] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self.over = False
+
+    async def put(self, data: bytes) -> None:
+        """Take the next events of the stream."""
+        if self.over:
+            await self._channel.put(data)
+            return
+        self._held.append(data)
+        if self._exchange.sent:
+            caused = self._exchange.heard and not SIGNS_OF_LIFE.fullmatch(data)
+        else:  # from a cache, or by a client of its own that the session does not see
+            caused = len(self._held) > OWN_EVENTS
+        if caused:
+            self._go()
+        elif self._timer is None:
+            self._wait()
+
+    def end(self) -> None:
+        """The stream has ended; raises ProxyError where it never began."""
+        if not self.over:
+            if self._exchange.sent:
+                raise ended_early()
+            self._go()
+
+    def _wait(self) -> None:
+        self._timer = self._channel.loop.call_later(HOLD_SECONDS, self._look)
+
+    def _look(self) -> None:
+        if self._exchange.heard and not good_page(self._exchange):
+            self._go()
+        else:
+            self._wait()
+
+    def _go(self) -> None:
+        refuse_page(self._exchange)
+        self.close()
+        self.over = True
+        for item in (Response(200, [*self._fields, *provider_headers(self._exchange)], CALL_BODY), *self._held):
+            self._channel.put_now(item)
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        if self._timer:
+            self._timer.cancel()
 
 
 class SdkRuntime:
@@ -3377,8 +3494,7 @@ class SdkBackend:
         model = params.get("model", "")
         exchange.betas = headers.get("anthropic-beta", "")
         result: Any = None
-        started = False
-        held: list[bytes] = []
+        opening = Opening(channel, exchange, NDJSON_HEADERS if dialect == OLLAMA else SSE_HEADERS)
         try:
             self._check_keys(model)
             call = getattr(self, endpoint.function, None) or getattr(self.router, endpoint.function)
@@ -3398,33 +3514,18 @@ class SdkBackend:
                 await channel.put(Response(200, [("Content-Type", kind), *provider_headers(exchange)], body))
                 return
             async for data in endpoint.frames(result, served_model(result, model), tally):
-                held.append(data)
-                # The head leaves with the first event that the provider caused, so that an error before it still has a
-                # status of its own: for some providers LiteLLM makes an event of its own before it calls them.
-                if started or exchange.status or len(held) > 1:
-                    await self._send_held(channel, held, exchange, None if started else dialect)
-                    started = True
-            await self._send_held(channel, held, exchange, None if started else dialect)
+                await opening.put(data)
+            opening.end()
         except Exception as error:
             failure = self._failure(error, exchange, model)
-            if not started:
+            if not opening.over:
                 raise failure from error
             tally.error_status = failure.status
             await channel.put(sse_error(failure.redact(self._log.redact), dialect))
         finally:  # a stream that is left behind would keep its connection to the provider
+            opening.close()
             if hasattr(result, "aclose"):
                 await result.aclose()
-
-    @staticmethod
-    async def _send_held(channel: Channel, held: list[bytes], exchange: Exchange, begins: str | None) -> None:
-        """Put the events that were held back into the channel, where a stream begins in this dialect after its head."""
-        if begins:
-            refuse_page(exchange)
-            fields = NDJSON_HEADERS if begins == OLLAMA else SSE_HEADERS
-            await channel.put(Response(200, [*fields, *provider_headers(exchange)], CALL_BODY))
-        for data in held:
-            await channel.put(data)
-        held.clear()
 
     def _check_keys(self, model: str) -> None:
         """Raises ProxyError 401 for a model without a key, unless the config has fallbacks, which may help it."""
@@ -3434,8 +3535,11 @@ class SdkBackend:
 
     def _failure(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """What the client is told of an exception out of LiteLLM."""
+        if page := good_page(exchange):
+            return page
         if isinstance(error, ProxyError) and not exchange.failed:
-            return error
+            silent = exchange.sent and not exchange.heard  # then LiteLLM has made the error event
+            return ended_early() if silent else error
         keys = self._missing_keys_of(model)
         if keys and not exchange.sent:
             return missing_key_error(model, keys)
@@ -3852,10 +3956,19 @@ def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict
     return {**kept, "x-request-id": request.id, **dict(route.injected)}
 
 
+def good_page(exchange: Exchange) -> ProxyError | None:
+    """502 for a web page with a good status, out of which LiteLLM makes an empty answer.
+
+    It is no provider's own word: a host in front of it, such as Cloudflare's, answered; another side may get through.
+    """
+    said = provider_page(exchange) if exchange.status and exchange.status < 400 else None
+    return ProxyError(502, said, blame=BACKEND) if said else None
+
+
 def refuse_page(exchange: Exchange) -> None:
-    """Raises ProxyError 502 for a web page with a good status, out of which LiteLLM makes an empty answer."""
-    if exchange.status and (said := provider_page(exchange)):
-        raise ProxyError(502, said, blame=PROVIDER)
+    """Raises what `good_page` finds."""
+    if page := good_page(exchange):
+        raise page
 
 
 def provider_page(exchange: Exchange) -> str | None:

@@ -194,6 +194,7 @@ PROVIDER_HEADERS = {
     "set-cookie": "session=abc; Path=/",
 }
 SSE = {"content-type": "text/event-stream"}
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
 THINKING = {"type": "thinking", "thinking": "hm", "signature": "c2lnbmF0dXJl"}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
@@ -1870,6 +1871,33 @@ def test_an_error_before_the_first_real_event_has_its_status(provider: Provider)
     assert running.stop() == 0
 
 
+def test_a_provider_that_says_no_more_than_that_it_is_alive_keeps_its_client(sdk: Proxy, provider: Provider) -> None:
+    """Its answer begins when the client has heard of it, so that a proxy that holds back for ever fails here."""
+
+    def first_bytes(name: str, sign: bytes) -> bytes:
+        heard = threading.Event()
+
+        def parts(got: Got) -> Iterator[bytes]:
+            yield sign
+            assert heard.wait(60)
+            yield from usual_answer(got).parts or ()
+
+        scripts[name] = lambda got: Reply(parts=parts(got), headers=SSE)  # type: ignore[arg-type]
+        with sdk.client.stream("POST", MESSAGES, json=body_for(MESSAGES, name, stream=True), timeout=60) as response:
+            pieces = response.iter_raw()
+            first = next(pieces)
+            heard.set()
+            assert b"hel" in b"".join(pieces)
+        return first
+
+    scripts: dict[str, Callable[[Got], Reply]] = {}
+    provider.script = lambda got: scripts["gpt" if got.path.endswith("/responses") else "claude"](got)
+    signs = {"claude": b": hi\n\n" + PING, "gpt": responses_stream("hello")[0]}
+    with ThreadPoolExecutor(2) as pool:
+        first = dict(zip(signs, pool.map(first_bytes, signs, signs.values()), strict=True))
+    assert first["claude"] == signs["claude"] and first["gpt"].startswith(b"event: message_start")
+
+
 def test_no_key_and_no_traceback_in_an_error_event(sdk: Proxy, provider: Provider) -> None:
     said = {"type": "error", "error": {"type": "overloaded_error", "message": f"busy with {PROVIDER_KEY}"}}
     provider.script = lambda got: Reply(parts=[*(usual_answer(got).parts or [])[:4], sse(said, "error")], headers=SSE)
@@ -1885,7 +1913,8 @@ def test_no_key_and_no_traceback_in_an_error_event(sdk: Proxy, provider: Provide
 def test_a_web_page_is_no_answer(sdk: Proxy, provider: Provider, path: str, name: str, stream: bool) -> None:
     provider.script = lambda _got: Reply(b"<html>welcome</html>", 200, {"content-type": "text/html"})
     response = sdk.post(path, body_for(path, name, stream=stream))
-    assert response.status_code in (500, 502) and "<html>" not in response.text
+    assert response.status_code == 502 and "<html>" not in response.text
+    assert "answered 200 with an HTML page" in response.json()["error"]["message"]
 
 
 def test_a_keyless_model_is_not_served_by_another_ones_wildcard(provider: Provider) -> None:
@@ -3266,6 +3295,30 @@ def test_what_fails_on_the_sdks_side_is_repeated_on_the_binary_side(
     assert (got.path, got.body["model"], got.header("x-sm-user-id")) == (path, name, "claude-code")
     assert len(failing_pair.second.got) == 1
     assert log_line(failing_pair.proxy, answer.headers["x-request-id"])["event"] == "repeated"
+
+
+@pytest.mark.parametrize(("said", "cut"), [([], False), ([], True), ([b": hi\n\n"], True), ([PING, b": hi\n\n"], True)])
+@pytest.mark.parametrize(("path", "name"), [*DIALECTS, (RESPONSES, "gpt"), (RESPONSES, "claude")])
+def test_a_stream_that_ends_before_its_first_event_is_repeated(
+    failing_pair: Pair, path: str, name: str, said: list[bytes], cut: bool
+) -> None:
+    failing_pair.first.script = lambda _got: Reply(parts=said if name == "claude" else said[-1:], headers=SSE, cut=cut)
+    failing_pair.second.script = usual_answer
+    before = failing_pair.breaker()["failures"]
+    answer = failing_pair.proxy.post(path, body_for(path, name, stream=True))
+    assert (answer.status_code, answer.headers["x-proxy-backend"]) == (200, "binary")
+    assert failing_pair.breaker()["failures"] == before + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "name"), [*DIALECTS, (RESPONSES, "gpt"), (RESPONSES, "claude")])
+def test_a_web_page_in_an_answers_place_is_repeated(failing_pair: Pair, path: str, name: str, stream: bool) -> None:
+    failing_pair.first.script = lambda _got: Reply(b"<html>welcome</html>", 200, {"content-type": "text/html"})
+    failing_pair.second.script = usual_answer
+    before = failing_pair.breaker()["failures"]
+    answer = failing_pair.proxy.post(path, body_for(path, name, stream=stream))
+    assert (answer.status_code, answer.headers["x-proxy-backend"]) == (200, "binary")
+    assert failing_pair.breaker()["failures"] == before + 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 429, 500, 502, 503, 529])
