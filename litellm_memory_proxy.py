@@ -115,6 +115,7 @@ DEFAULT_LITELLM_PORT = 4000  # LiteLLM's own default
 MAX_HEAD_BYTES = 64 * 1024  # request line and header section; nginx allows 32 KiB, Node 16 KiB: cookies grow
 MAX_HEADER_FIELDS = 200  # http.client and gunicorn stop at 100; gateways in front of us add their own
 MAX_BODY_BYTES = 64 * 1024 * 1024  # a 1M-token prompt with pictures is about 30 MB
+MAX_MEMBERS = 10_000  # of a compressed body; bgzip makes one of each 64 KiB, an attacker one of each 20 bytes
 MAX_CONNECTIONS = 1024  # one thread each; the usual limit of open files
 RECEIVE_BYTES = 64 * 1024  # one recv: the default socket buffer of Linux gives no more in one go
 
@@ -3850,13 +3851,34 @@ def decoded_body(request: Request) -> bytes:
     return data
 
 
+def unfold(data: bytes, limit: int, decoder: Callable[[], Any]) -> bytes:
+    """What all members of a compressed body unfold to, at most one byte more than the limit.
+
+    A gzip file may have several (RFC 1952 §2.2), and a zstd one several frames (RFC 8878 §3.1). The bytes go in by
+    pieces, since each member copies what it leaves over.
+
+    Args:
+        decoder: makes the decompressor of one member.
+    """
+    found, at = bytearray(), 0
+    for _ in range(MAX_MEMBERS):
+        engine = decoder()
+        while not engine.eof:
+            piece = data[at : at + RECEIVE_BYTES]
+            if not piece:
+                raise EOFError("it ends early")
+            found += engine.decompress(piece, limit + 1 - len(found))
+            if len(found) > limit:
+                return bytes(found)
+            at += len(piece) - len(engine.unused_data)
+        if at == len(data):
+            return bytes(found)
+    raise ValueError(f"it has more than {MAX_MEMBERS} members")
+
+
 def inflate(data: bytes, limit: int, window: int) -> bytes:
-    """What zlib makes of the bytes, at most one byte more than the limit."""
-    engine = zlib.decompressobj(window)
-    found = engine.decompress(data, limit + 1)
-    if len(found) <= limit and not engine.eof:
-        raise EOFError("it ends early")
-    return found
+    """``gzip`` and ``deflate``, told apart by zlib's window."""
+    return unfold(data, limit, lambda: zlib.decompressobj(window))
 
 
 def deflate_body(data: bytes, limit: int) -> bytes:
@@ -3869,14 +3891,11 @@ def deflate_body(data: bytes, limit: int) -> bytes:
 
 def zstd_body(data: bytes, limit: int) -> bytes:
     """``zstd``, which Python has from 3.14 on."""
-    engine = import_module("compression.zstd").ZstdDecompressor()
+    zstd = import_module("compression.zstd")
     try:
-        found: bytes = engine.decompress(data, limit + 1)
-    except Exception as error:  # ZstdError is a class of a module that may not be there
+        return unfold(data, limit, zstd.ZstdDecompressor)
+    except zstd.ZstdError as error:  # a class of a module that may not be there
         raise ValueError(str(error)) from None
-    if len(found) <= limit and not engine.eof:
-        raise EOFError("it ends early")
-    return found
 
 
 DECODERS: Mapping[str, Callable[[bytes, int], bytes]] = {

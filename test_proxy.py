@@ -2513,6 +2513,24 @@ def test_compressed_bodies_are_understood(sdk: Proxy, provider: Provider, coding
     assert sdk.client.post(CHAT, content=bare, headers={**headers, "content-encoding": "deflate"}).status_code == 200
 
 
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_all_members_of_a_compressed_body_are_read(sdk: Proxy, provider: Provider, coding: str) -> None:
+    data, pack = json.dumps(chat_body()).encode(), CODED[coding]
+    headers = {"content-encoding": coding, "content-type": "application/json"}
+    cut = [pack(data[at : at + 10]) for at in range(0, len(data), 10)]
+    assert sdk.client.post(CHAT, content=b"".join(cut), headers=headers).status_code == 200
+    assert provider.last.body["messages"] == chat_body()["messages"]
+    provider.got.clear()
+    for broken in (b"".join(cut)[:-5], pack(data) + b"more", pack(data) + b"\0" * 9):
+        refused = sdk.client.post(CHAT, content=broken, headers=headers)
+        assert refused.status_code == 400 and f"no valid {coding}" in refused.text
+    many = sdk.client.post(CHAT, content=pack(b" ") * proxy.MAX_MEMBERS + pack(data), headers=headers)
+    assert many.status_code == 400 and "members" in many.text
+    bomb = pack(b" " * (40 * 1024 * 1024)) * 2
+    assert sdk.client.post(CHAT, content=bomb, headers=headers).status_code == 413
+    assert not provider.got
+
+
 def test_unknown_codings_and_bombs_are_refused(sdk: Proxy, provider: Provider) -> None:
     refused = sdk.client.post(MESSAGES, content=b"x", headers={"content-encoding": "br"})
     assert refused.status_code == 415 and "gzip" in refused.headers["accept-encoding"]
