@@ -240,8 +240,9 @@ CONNECTION_STATUS = {
 }
 
 
-# Whose doing an error is. UNSURE: nothing was sent yet; had another backend an answer, it was this one's.
-CLIENT, PROVIDER, BACKEND, UNSURE = "client", "provider", "backend", "unsure"
+# Whose doing an error is. UNSURE: nothing was sent yet; had another backend an answer, it was this one's. RESTING:
+# nobody's right now; nothing was sent, since LiteLLM's Router has all deployments of the name in cooldown.
+CLIENT, PROVIDER, BACKEND, UNSURE, RESTING = "client", "provider", "backend", "unsure", "resting"
 
 
 class ProxyError(Exception):
@@ -254,7 +255,8 @@ class ProxyError(Exception):
         kind: the error type of the dialect, where the provider named one; else it follows from the status.
         param: the field of the request that is at fault (OpenAI dialect).
         code: a machine-readable reason (OpenAI dialect).
-        blame: ``CLIENT``, ``PROVIDER``, ``BACKEND`` or ``UNSURE``; of the last two, another backend may do better.
+        blame: ``CLIENT``, ``PROVIDER``, ``BACKEND``, ``UNSURE`` or ``RESTING``; of the last three, another backend may
+            do better.
     """
 
     def __init__(
@@ -3560,13 +3562,14 @@ class SdkBackend:
         if status is None or (not exchange.sent and status >= 500):
             return self._unexpected(error, exchange, model)
         headers = provider_headers(exchange)
-        if not exchange.sent and hasattr(error, "cooldown_time"):
-            headers = [("Retry-After", str(int(error.cooldown_time) + 1))]
+        resting = None if exchange.sent else getattr(error, "cooldown_time", None)
+        if resting is not None:
+            headers = [("Retry-After", str(int(resting) + 1))]
         said = provider_error(exchange.body)
         text = said.get("message") or provider_page(exchange) or plain_message(error)
         fields = {name: said[name] for name in ("param", "code") if isinstance(said.get(name), str)}
         kind = said.get("type") if isinstance(said.get("type"), str) else None
-        blame = PROVIDER if answered else CLIENT if status < 500 else BACKEND
+        blame = PROVIDER if answered else RESTING if resting is not None else CLIENT if status < 500 else BACKEND
         return ProxyError(status, text, headers=headers, kind=kind, blame=blame, **fields)
 
     def _unexpected(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
@@ -4717,7 +4720,11 @@ def server_answers(port: int) -> bool:
 # again after it.
 
 
-WORKED = {CLIENT: None, PROVIDER: True, BACKEND: False}  # what an error shows of the SDK: a provider's, that it works
+# What an error shows of the SDK: a provider's, that it works.
+WORKED = {CLIENT: None, PROVIDER: True, BACKEND: False, RESTING: None}
+# Errors on which the binary side is asked → from which status on its answer is no better. A 429 of both sides is shown
+# with the SDK's Retry-After.
+REPEATED = {BACKEND: 500, UNSURE: 400, RESTING: 429}
 
 
 class Failover:
@@ -4763,7 +4770,7 @@ class Failover:
             self._breaker.report(ticket, WORKED[failure.blame])
         second = None
         try:
-            if failure.blame in (BACKEND, UNSURE):
+            if failure.blame in REPEATED:
                 second = self._repeat(request, route, failure)
         finally:  # also where the client leaves meanwhile: a probe must not stay out for ever
             if failure.blame == UNSURE:
@@ -4785,7 +4792,7 @@ class Failover:
             response = self._binary_answer(request, route)
         except ProxyError:
             return None
-        if response.status >= (500 if failure.blame == BACKEND else 400):
+        if response.status >= REPEATED[failure.blame]:
             response.discard()
             return None
         return response

@@ -3274,7 +3274,8 @@ class Pair:
 def pair(*arguments: str, breaker: dict[str, Any] | None = None, **sections: Any) -> Iterator[Pair]:
     first, second = Provider(), Provider()
     general = {"forward_client_headers_to_llm_api": True, "experimental": {"circuit_breaker": breaker or {}}}
-    config = config_for(first, general_settings=general, **sections)
+    twice = [model("twice", f"openai/gpt-{name}", f"{first.url}/v1") for name in ("one", "two")]
+    config = config_for(first, *twice, general_settings=general, **sections)
     running = Proxy(config, "--mode", "sdk", "--litellm-url", second.url, *arguments)
     try:
         yield Pair(running, first, second)
@@ -3348,6 +3349,33 @@ def test_a_providers_own_error_is_not_repeated_and_does_not_count(failing_pair: 
     assert (answer.status_code, answer.headers["x-proxy-backend"]) == (status, "sdk")
     assert "as scripted" in answer.text and not failing_pair.second.got
     assert failing_pair.breaker()["failures"] in (0, before)
+
+
+def test_what_the_router_lets_cool_down_is_repeated_and_does_not_count() -> None:
+    settings = {"allowed_fails": 0, "num_retries": 0, "cooldown_time": 600}
+    with pair(breaker={"failure_threshold": 1000}, router_settings=settings) as both:
+        both.first.script = hang_up
+
+        def rests() -> bool:
+            both.first.got.clear()
+            both.proxy.chat("twice")
+            return not both.first.got
+
+        wait_until(rests)
+        both.second.got.clear()
+        before = both.breaker()["failures"]
+        answer = both.proxy.chat("twice")
+        assert (answer.status_code, answer.headers["x-proxy-backend"]) == (200, "binary"), answer.text
+        assert len(both.second.got) == 1
+        assert both.breaker()["failures"] == before
+        for status in (429, 503):
+            both.second.script = status_reply(status)
+            answer = both.proxy.chat("twice")
+            assert (answer.status_code, answer.headers["x-proxy-backend"]) == (429, "sdk")
+            assert int(answer.headers["retry-after"]) > 0
+        both.second.script = status_reply(400)
+        assert both.proxy.chat("twice").status_code == 400, "a provider's word is better"
+        assert both.breaker()["failures"] == before and not both.first.got
 
 
 def test_bad_requests_and_clients_that_leave_do_not_count(failing_pair: Pair) -> None:
