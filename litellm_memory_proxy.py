@@ -2869,6 +2869,7 @@ class Endpoint:
         read: makes the parameters out of the request's body.
         write: makes content type and body out of LiteLLM's result and the model's name for the client.
         adds_headers: LiteLLM sends no client headers on this route: the session has to.
+        imports: a module that LiteLLM imports with the first stream of this row.
     """
 
     function: str
@@ -2877,6 +2878,7 @@ class Endpoint:
     read: Callable[[Request], dict[str, Any]] = lambda request: parse_json_object(request)
     write: Callable[[Any, str], tuple[str, bytes]] = lambda result, model: whole_answer(result, model)
     adds_headers: bool = False
+    imports: str = ""
 
 
 async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -3095,7 +3097,14 @@ def ollama_answer(result: Any, model: str) -> tuple[str, bytes]:
 
 ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
     "/chat/completions": {"POST": Endpoint("acompletion", {"messages": list}, chat_frames)},
-    "/messages": {"POST": Endpoint("aanthropic_messages", {"messages": list, "max_tokens": int}, message_frames)},
+    "/messages": {
+        "POST": Endpoint(
+            "aanthropic_messages",
+            {"messages": list, "max_tokens": int},
+            message_frames,
+            imports="litellm.proxy.pass_through_endpoints.streaming_handler",
+        )
+    },
     "/messages/count_tokens": {
         "POST": Endpoint("count_tokens", {"messages": list}, write=count_answer, adds_headers=True)
     },
@@ -3500,6 +3509,8 @@ class SdkBackend:
         opening = Opening(channel, exchange, NDJSON_HEADERS if dialect == OLLAMA else SSE_HEADERS)
         try:
             self._check_keys(model)
+            if endpoint.imports and params.get("stream") is True:
+                await import_aside(endpoint.imports)
             call = getattr(self, endpoint.function, None) or getattr(self.router, endpoint.function)
             if endpoint.adds_headers:
                 exchange.headers_to_add = headers
@@ -3742,6 +3753,15 @@ def import_litellm(log: Log) -> Any:
         logger.handlers, logger.propagate = [LoggingHandler(log)], False
         logger.setLevel(log.level if log.level <= logging.DEBUG else logging.CRITICAL)
     return litellm
+
+
+async def import_aside(module: str) -> None:
+    """Import a module of LiteLLM's in a thread, once: the loop, and with it every other client, would wait for it."""
+    import asyncio
+
+    if module not in sys.modules:
+        with contextlib.suppress(ImportError):  # another version of LiteLLM: it says so where it needs the module
+            await asyncio.to_thread(import_module, module)
 
 
 def version_of(distribution: str) -> str:
