@@ -2801,6 +2801,12 @@ def cookie_gate() -> Iterator[tuple[str, dict[str, bool]]]:
 # The model API by LiteLLM's SDK: a table from path to LiteLLM function, the parameters that go in, the frames that
 # come out. The only importer of litellm, and only when sdk mode is used.
 
+# Where LiteLLM keeps the callbacks of a config, those that it derives from them, and its Router's own.
+CALLBACK_LISTS = (
+    *("callbacks", "input_callback", "success_callback", "failure_callback", "service_callback"),
+    *("_async_input_callback", "_async_success_callback", "_async_failure_callback"),
+)
+
 # What this program relies on inside LiteLLM beyond its documented interface: (module, attribute, what for). Checked
 # at the start, so that another LiteLLM version fails there with its name and not later with a wrong answer.
 LITELLM_INTERNALS = (
@@ -2809,6 +2815,8 @@ LITELLM_INTERNALS = (
     ("litellm.types.utils", "all_litellm_params", "telling LiteLLM's parameters from the model API's"),
     ("litellm", "Router.get_valid_args", "router_settings"),
     ("litellm", "Router.discard", "reading the config again"),
+    *(("litellm", name, "reading the config again") for name in CALLBACK_LISTS),
+    ("litellm.utils", "callback_list", "reading the config again"),
 )
 
 # What LiteLLM's SDK imports without declaring it (BerriAI/litellm#18193, #32993): without them /v1/messages, tool calls
@@ -3223,18 +3231,30 @@ class SdkRuntime:
         self.log, self.session = log, session
         self.litellm = import_litellm(log)
         self.bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
-        self._defaults: dict[str, Any] = {}  # of LiteLLM's settings that a config has changed
+        # Of LiteLLM's settings, those that a config has changed or that LiteLLM changes itself.
+        self._defaults: dict[str, Any] = {name: list(getattr(self.litellm, name)) for name in CALLBACK_LISTS}
         session.install(http_transports())
         self.bridge.start()
 
     def apply_settings(self, config: Config) -> None:
-        """``litellm_settings`` as LiteLLM's server applies them, in place of those of the config before."""
-        for name, value in self._defaults.items():
-            setattr(self.litellm, name, value)
+        """``litellm_settings`` as LiteLLM's server applies them, in place of those of the config before.
+
+        The callbacks of the config before are gone then, its Router's too: the new config's Router brings its own.
+        """
+        self.restore_settings({})
+        self.litellm.utils.callback_list = []  # else LiteLLM starts only what the first config names
         for name, value in litellm_attributes(self.litellm, config, self.log).items():
-            current = getattr(self.litellm, name, None)
-            self._defaults.setdefault(name, list(current) if isinstance(current, list) else current)
-            setattr(self.litellm, name, value)
+            self._defaults.setdefault(name, getattr(self.litellm, name, None))
+            setattr(self.litellm, name, unshared(value))
+
+    def settings(self) -> dict[str, Any]:
+        """All that a config and its Router have changed in LiteLLM, for `restore_settings`."""
+        return {name: unshared(getattr(self.litellm, name)) for name in self._defaults}
+
+    def restore_settings(self, before: Mapping[str, Any]) -> None:
+        """Go back to settings of before; what is not among them has LiteLLM's default."""
+        for name, value in {**self._defaults, **before}.items():
+            setattr(self.litellm, name, unshared(value))
 
     async def prove_cookies(self) -> None:
         """Call a host on loopback that demands its cookie, over each HTTP stack of LiteLLM's.
@@ -3777,6 +3797,11 @@ def http_transports() -> list[type]:
     from litellm.llms.custom_httpx.aiohttp_transport import LiteLLMAiohttpTransport
 
     return [LiteLLMAiohttpTransport, httpx.AsyncHTTPTransport, httpx.HTTPTransport]
+
+
+def unshared(value: Any) -> Any:
+    """The value, of a list a copy: LiteLLM changes its lists in place."""
+    return list(value) if isinstance(value, list) else value
 
 
 SERVER_SETTINGS = ("guardrails", "custom_provider_map", "post_call_rules")  # code that LiteLLM's server loads
@@ -5892,6 +5917,7 @@ class Program:
     def _sides_for(self, config: Config) -> Sides:
         """The backends of a config; its LiteLLM server may still be starting. Raises StartError."""
         old = self._sides
+        settings = self._runtime.settings() if self._runtime else {}
         apply_environment(config, old.config)
         self._secrets |= old.config.secrets | config.secrets | environment_secrets()
         self._log.redact = Redactor(self._secrets)
@@ -5901,7 +5927,7 @@ class Program:
         except StartError:
             apply_environment(old.config, config)
             if self._runtime:
-                self._runtime.apply_settings(old.config)
+                self._runtime.restore_settings(settings)
             raise
         in_flight = old.in_flight if server is old.server else InFlight()
         primary = self._settings.primary_side(config)

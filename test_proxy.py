@@ -3941,6 +3941,39 @@ def test_a_bad_config_changes_nothing_and_says_why(shared_provider: Provider, pr
     assert "Traceback" not in running.output
 
 
+def test_the_callbacks_are_the_configs_after_every_reload(shared_provider: Provider, provider: Provider) -> None:
+    logged = {"openmeter": "/api/v1/events", "helicone": "/log"}
+    environment = {"OPENMETER_API_ENDPOINT": provider.url, "HELICONE_API_BASE": provider.url}
+    environment |= {"OPENMETER_API_KEY": "none", "HELICONE_API_KEY": "none"}
+    flaky = model("flaky", "openai/gpt-flaky", f"{provider.url}/v1")
+    settings = {"success_callback": ["openmeter"]}
+    router = {"cooldown_time": 60, "num_retries": 0}
+    running = Proxy(config_for(provider, flaky, litellm_settings=settings, router_settings=router), **environment)
+
+    def arrives(*names: str) -> None:
+        provider.got.clear()
+        assert running.chat(user="someone").status_code == 200
+        for name in names:
+            wait_until(lambda name=name: any(got.path.endswith(logged[name]) for got in provider.got))
+        time.sleep(1 if len(names) < len(logged) else 0)  # for what must not come
+        assert {name for name, end in logged.items() if any(g.path.endswith(end) for g in provider.got)} == set(names)
+
+    arrives("openmeter")
+    good = running.config.read_text()
+    reload(running, lambda document: document["router_settings"].update(routing_strategy="no-such"), "refused")
+    arrives("openmeter")
+    provider.script = lambda got: Reply(b"{}", 401) if got.body.get("model") == "gpt-flaky" else usual_answer(got)
+    wait_until(lambda: running.chat("flaky").status_code == 429)  # the Router keeps the callback by which it cools down
+    provider.script = usual_answer
+    running.config.write_text(good)
+    reload(running, lambda document: document.pop("litellm_settings"))
+    arrives()
+    for names in (["openmeter", "helicone"], ["helicone"]):
+        reload(running, lambda document, names=names: document.update(litellm_settings={"success_callback": names}))
+        arrives(*names)
+    assert running.stop() == 0
+
+
 def test_requests_under_way_end_under_the_old_config(shared_provider: Provider, provider: Provider) -> None:
     running = Proxy(config_for(shared_provider), "--mode", "sdk")
     provider.script = lambda _got: Reply(parts=openai_stream(["word "] * 30), headers=SSE, pause=0.05)
