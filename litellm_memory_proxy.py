@@ -85,7 +85,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from email.message import Message
 from functools import partial
 from http import HTTPStatus
 from importlib import import_module
@@ -116,6 +115,8 @@ MAX_HEAD_BYTES = 64 * 1024  # request line and header section; nginx allows 32 K
 MAX_HEADER_FIELDS = 200  # http.client and gunicorn stop at 100; gateways in front of us add their own
 MAX_BODY_BYTES = 64 * 1024 * 1024  # a 1M-token prompt with pictures is about 30 MB
 MAX_MEMBERS = 10_000  # of a compressed body; bgzip makes one of each 64 KiB, an attacker one of each 20 bytes
+MAX_FORM_PARTS = 1000  # Starlette, under LiteLLM's server, takes as many; a transcription has a dozen fields
+MAX_PART_HEAD_BYTES = 4 * 1024  # of a part of a form; a file name of 255 bytes takes 765 where each is %-encoded
 MAX_CONNECTIONS = 1024  # one thread each; the usual limit of open files
 RECEIVE_BYTES = 64 * 1024  # one recv: the default socket buffer of Linux gives no more in one go
 
@@ -3960,36 +3961,54 @@ def parse_form(request: Request) -> dict[str, Any]:
     Raises:
         ProxyError: 400, it is no such body.
     """
-    kind = form_header("content-type", request.headers.get("content-type"))
-    boundary = kind.get_boundary()
-    if kind.get_content_type() != "multipart/form-data" or not boundary:
+    kind = request.headers.get("content-type")
+    boundary = form_params(kind).get("boundary")
+    if kind.partition(";")[0].strip().lower() != "multipart/form-data" or not boundary:
         raise ProxyError(400, "the request body must be multipart/form-data with a boundary")
-    parts = (b"\r\n" + decoded_body(request)).split(b"\r\n--" + boundary.encode("latin-1"))
-    if len(parts) < 3 or not parts[-1].startswith(b"--"):
-        raise ProxyError(400, "the form in the request body is unfinished")
+    # A delimiter is a whole line, and the one with two more hyphens is the last (RFC 2046 §5.1.1).
+    delimiter = re.compile(rb"\r\n--" + re.escape(boundary.encode("latin-1")) + rb"(--)?[ \t]*(?=\r\n|\Z)")
+    split = delimiter.split(b"\r\n" + decoded_body(request), MAX_FORM_PARTS + 1)
+    ends, contents = split[1::2], split[2::2]
+    if b"--" not in ends:
+        said = "is unfinished" if len(ends) <= MAX_FORM_PARTS else f"has more than {MAX_FORM_PARTS} parts"
+        raise ProxyError(400, f"the form in the request body {said}")
     fields: dict[str, Any] = {}
-    for part in parts[1:-1]:
-        head, gap, content = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        headers = parse_fields(head.decode("latin-1")) if gap else Headers(())
-        disposition = form_header("content-disposition", headers.get("content-disposition"))
-        name, file_name = disposition.get_param("name", header="content-disposition"), disposition.get_filename()
-        if not isinstance(name, str):
-            raise ProxyError(400, "a part of the form in the request body has no name")
-        value = content.decode("utf-8", "replace") if file_name is None else (
-            file_name, content, headers.get("content-type") or "application/octet-stream"
-        )  # fmt: skip
+    lists: dict[str, list[Any]] = {}
+    for content in contents[: ends.index(b"--")]:
+        name, value = form_field(content)
         if name.endswith("[]"):
-            fields.setdefault(name[:-2], []).append(value)
+            lists.setdefault(name[:-2], []).append(value)
         else:
             fields[name] = value
-    return {name: FORM_TYPES_OF.get(name, lambda text: text)(value) for name, value in fields.items()}
+    return {name: FORM_TYPES_OF.get(name, lambda text: text)(value) for name, value in {**fields, **lists}.items()}
 
 
-def form_header(name: str, value: str) -> Message:
-    """One header with parameters, for `email` to take apart."""
-    message = Message()
-    message[name] = value
-    return message
+def form_field(part: bytes) -> tuple[str, Any]:
+    """Name and value of one part of a form, from the end of its delimiter on; raises ProxyError 400."""
+    begin = part.find(b"\r\n\r\n", 0, MAX_PART_HEAD_BYTES)
+    headers = parse_fields(part[2:begin].decode("latin-1")) if begin > 0 else Headers(())
+    params = form_params(headers.get("content-disposition").encode("latin-1").decode("utf-8", "replace"))
+    name, file_name, content = params.get("name"), params.get("filename"), part[begin + 4 :]
+    if name is None:
+        raise ProxyError(400, "a part of the form in the request body has no name")
+    if file_name is None:
+        return name, content.decode("utf-8", "replace")
+    return name, (file_name, content, headers.get("content-type") or "application/octet-stream")
+
+
+FORM_PARAM = re.compile(r""";\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))""")
+
+
+def form_params(value: str) -> dict[str, str]:
+    """The parameters of a header of a form, by their lower-case names.
+
+    ``filename*``, which some clients send against RFC 7578 §4.2, counts where there is no ``filename``.
+    """
+    taken = FORM_PARAM.findall(value)
+    found = {name.lower(): quoted.replace('\\"', '"').replace("\\\\", "\\") or token for name, quoted, token in taken}
+    if "filename*" in found:
+        found.setdefault("filename", unquote(found["filename*"].rpartition("'")[2]))
+    return found
 
 
 def form_number(text: str) -> float:

@@ -2466,6 +2466,81 @@ def test_a_broken_form_is_a_clear_400(sdk: Proxy, provider: Provider, form: byte
     assert not provider.got
 
 
+class FormBody:
+    """A request body that is there already."""
+
+    framing, limit = 0, proxy.MAX_BODY_BYTES
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def read(self) -> bytes:
+        return self.data
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self.data
+
+
+def form_fields(data: bytes, kind: str = "multipart/form-data; boundary=b") -> dict[str, Any]:
+    headers = proxy.Headers([("Content-Type", kind)])
+    return proxy.parse_form(proxy.Request("POST", "/", headers, FormBody(data), proxy.ClientPeer(socket.socket(), 1)))
+
+
+def form_part(params: str, content: bytes = b"x", end: bytes = b"--b--\r\n") -> bytes:
+    return f"--b\r\nContent-Disposition: form-data; {params}\r\n\r\n".encode() + content + b"\r\n" + end
+
+
+@pytest.mark.parametrize(
+    ("params", "found"),
+    [
+        ('name="a"', {"a": "x"}),
+        ("name=a", {"a": "x"}),
+        ('name="a[]"', {"a": ["x"]}),
+        ('name="f"; filename="straße 日.wav"', {"f": ("straße 日.wav", b"x", "application/octet-stream")}),
+        ('name="f"; filename="a\\"b\\\\c\\d;.wav"', {"f": ('a"b\\c\\d;.wav', b"x", "application/octet-stream")}),
+        ("name=\"f\"; filename*=UTF-8''%C3%A9.wav", {"f": ("é.wav", b"x", "application/octet-stream")}),
+        ("name=f; FileName=\"\"; filename*=punycode''%FF", {"f": ("", b"x", "application/octet-stream")}),
+    ],
+)
+def test_a_forms_parameters(params: str, found: dict[str, Any]) -> None:
+    assert form_fields(form_part(params)) == found
+
+
+def test_a_forms_delimiter_is_a_whole_line() -> None:
+    content = b"a\r\n--bc\r\n--b: d\r\n--b--e\r\n--"
+    form = b"begin\r\n" + form_part("name=a", content, form_part("name=c", b"", b"--b-- \t\r\nend"))
+    assert form_fields(form.replace(b"--b\r\n", b"--b \t\r\n")) == {"a": content.decode(), "c": ""}
+
+
+def test_a_form_has_a_limited_number_of_parts(sdk: Proxy, provider: Provider) -> None:
+    part = form_part('name="a[]"', b"x", b"")
+    assert form_fields(part * proxy.MAX_FORM_PARTS + b"--b--") == {"a": ["x"] * proxy.MAX_FORM_PARTS}
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    for parts in (proxy.MAX_FORM_PARTS + 1, 300_000):
+        form = part * parts + b"--b--\r\n"
+        refused = sdk.client.post("/v1/audio/transcriptions", content=form, headers=headers)
+        assert refused.status_code == 400 and "1000 parts" in refused.text
+    both = form_part('name="model[]"', b"gpt", form_part("name=model", b"gpt"))
+    assert sdk.client.post("/v1/audio/transcriptions", content=both, headers=headers).status_code == 400
+    assert not provider.got
+
+
+def test_a_broken_form_raises_nothing_but_a_clear_error() -> None:
+    rng = random.Random(7)
+    whole = form_part('name="a[]"; filename*0*=x; filename="é"', b"1", form_part("name=temperature", b"2"))
+    pieces = [b"\r\n", b"--b", b"--", b";", b'"', b"\\", b"=", b"*", b"''", b"%", b"\xff", b"\0", b"[]", b" ", b":"]
+    kinds = ["boundary=b", 'boundary="b"', "boundary*=b", "boundary*=x''b", "boundary*0*=b; boundary*", "boundary=\xff"]
+    for _ in range(5000):
+        data = bytearray(whole)
+        for _ in range(rng.randrange(6)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.choice([0, 0, 1, 5])] = rng.choice(pieces)
+        try:
+            form_fields(bytes(data), f"multipart/form-data; {rng.choice(kinds)}")
+        except proxy.ProxyError as error:
+            assert error.status in (400, 431)
+
+
 def test_a_stored_response_can_be_fetched_and_deleted(sdk: Proxy, provider: Provider) -> None:
     made = sdk.post(RESPONSES, {"model": "gpt", "input": "hello"}).json()
     follow = sdk.post(RESPONSES, {"model": "gpt", "input": "more", "previous_response_id": made["id"]})
