@@ -126,6 +126,7 @@ IDLE_SECONDS = 75.0  # keep-alive between two requests; nginx's keepalive_timeou
 SEND_SECONDS = 300.0  # between two writes that a slow client accepts: a stream paused for a coffee goes on
 ACCEPT_SECONDS = 0.1  # between two looks of the accepting thread at whether to stop
 LINGER_SECONDS = 2.0  # how long a refused client may go on sending before its connection is dropped (RFC 9112 §9.6)
+MAX_REFUSED = 64  # connections at once that are one too many, and may do so
 DRAIN_SECONDS = 30.0  # how long requests in flight may take to end once the program was told to stop
 CONTINUE_SECONDS = 1.0  # wait for the server's 100 (Continue) before the body is sent anyway (RFC 9110 §10.1.1)
 
@@ -5623,6 +5624,14 @@ def shut(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RD)
 
 
+def goes_on(sock: socket.socket) -> bool:
+    """Take what there is to read on a socket that does not block; False where its other end is done."""
+    try:
+        return bool(sock.recv(16 * RECEIVE_BYTES))
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much a front takes in: ``connections`` at once, ``body_bytes`` of one request."""
@@ -5641,6 +5650,7 @@ class Front(http.server.ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], application: Application, log: Log, limits: Limits) -> None:
         self.application, self._log, self.limits = application, log, limits
         self.connections = Connections(limits.connections)
+        self._refused: list[tuple[socket.socket, float]] = []  # each with when it is dropped; for one thread
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
@@ -5661,7 +5671,19 @@ class Front(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.sendall(self.refusal(error, OPENAI))
+            # What socketserver closes now is our name for the connection: a reset would take the answer with it.
+            self._refused.append((request.dup(), time.monotonic() + LINGER_SECONDS))
         return False
+
+    def service_actions(self) -> None:
+        """Called by socketserver again and again: take in what refused clients still send, as `Handler._linger` does."""
+        kept, now = [], time.monotonic()
+        for sock, until in self._refused:
+            if now < until and goes_on(sock) and len(kept) < MAX_REFUSED:
+                kept.append((sock, until))
+            else:
+                sock.close()
+        self._refused = kept
 
     @property
     def url(self) -> str:

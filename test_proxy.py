@@ -16,6 +16,7 @@ import base64
 import contextlib
 import dataclasses
 import gzip
+import http.client
 import importlib
 import io
 import json
@@ -3779,7 +3780,7 @@ def test_new_connections_take_the_place_of_idle_ones_and_else_are_refused(provid
     time.sleep(0.3)
     assert running.client.get("/health").status_code == 200
     assert idle[0].recv(1) == b"" and running.client.get("/health").status_code == 200
-    provider.script = lambda _got: Reply(b"{}", hold=2)
+    provider.script = lambda _got: Reply(b"{}", hold=4)
     with ThreadPoolExecutor(4) as pool:
         busy = [
             pool.submit(running.raw, b"GET /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
@@ -3791,6 +3792,10 @@ def test_new_connections_take_the_place_of_idle_ones_and_else_are_refused(provid
         assert refused.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in refused
         assert time.monotonic() - began < 1.8  # before any of the busy ones ended
         assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["message"]
+        for size in (0, 300_000, 3_000_000):  # a client in the middle of its body is not reset, but answered
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=5)) as client:
+                client.request("POST", "/v1/chat/completions", b"x" * size, {"Content-Type": "application/json"})
+                assert client.getresponse().status == 503
         assert all(answer.result().startswith(b"HTTP/1.1 200 ") for answer in busy)
     assert running.client.get("/health").status_code == 200
     assert running.stop() == 0
