@@ -117,7 +117,8 @@ MAX_BODY_BYTES = 64 * 1024 * 1024  # a 1M-token prompt with pictures is about 30
 MAX_MEMBERS = 10_000  # of a compressed body; bgzip makes one of each 64 KiB, an attacker one of each 20 bytes
 MAX_FORM_PARTS = 1000  # Starlette, under LiteLLM's server, takes as many; a transcription has a dozen fields
 MAX_PART_HEAD_BYTES = 4 * 1024  # of a part of a form; a file name of 255 bytes takes 765 where each is %-encoded
-MAX_CONNECTIONS = 1024  # one thread each; the usual limit of open files
+MAX_CONNECTIONS = 1024  # one thread each; `allow_open_files` sees to their sockets
+SPARE_FILES = 256  # open files besides the connections of clients, and one to LiteLLM's server for each
 RECEIVE_BYTES = 64 * 1024  # one recv: the default socket buffer of Linux gives no more in one go
 
 HEAD_SECONDS = 30.0  # from the first byte of a request head to its last
@@ -7445,6 +7446,19 @@ class Watch:
         return True
 
 
+def allow_open_files(connections: int) -> None:
+    """Raise our limit of open files to what so many connections need, as far as the system lets us (as Go and Node do).
+
+    Linux starts a program with 1,024, macOS with 256; past it neither a request nor its refusal would get through.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * connections + SPARE_FILES
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if resource.RLIM_INFINITY != soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(arguments: argparse.Namespace) -> int:
     """Run the proxy until it is told to stop; returns the exit code."""
     given = dict(os.environ)
@@ -7457,6 +7471,7 @@ def serve(arguments: argparse.Namespace) -> int:
     for warning in config.warnings:
         log.event("WARNING", "config", "warning", message=str(warning))
     sys.setswitchinterval(SWITCH_SECONDS)
+    allow_open_files(settings.limits.connections)
     signals = Signals()
     with PidFile(config.path, log) as pid_file:
         program = Program(settings, config, given, log, lambda: signals.stop, pid_file.publish)

@@ -23,6 +23,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -3798,6 +3799,26 @@ def test_new_connections_take_the_place_of_idle_ones_and_else_are_refused(provid
                 assert client.getresponse().status == 503
         assert all(answer.result().startswith(b"HTTP/1.1 200 ") for answer in busy)
     assert running.client.get("/health").status_code == 200
+    assert running.stop() == 0
+
+
+def test_the_usual_limit_of_open_files_is_no_limit_of_connections(provider: Provider) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    all_there = threading.Event()
+    provider.script = lambda _got: Reply(b"{}") if all_there.wait(60) else Reply(status=500)
+    one = b"GET /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with ThreadPoolExecutor(200) as pool:
+        answers = [pool.submit(running.raw, one, 60) for _ in range(200)]
+        try:
+            provider.wait_for(200, 30)
+        finally:
+            all_there.set()
+        assert all(answer.result().startswith(b"HTTP/1.1 200 ") for answer in answers)
     assert running.stop() == 0
 
 
