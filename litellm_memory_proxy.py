@@ -5310,7 +5310,12 @@ def readable_outcome(outcome: Outcome, request: Request) -> str:
 def request_id_of(headers: Headers) -> str:
     """The client's ``x-request-id`` where it is one visible token, else a new one."""
     given = headers.values("x-request-id")
-    return given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else f"{random.getrandbits(128):032x}"
+    return given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else new_request_id()
+
+
+def new_request_id() -> str:
+    """An id that no other request has."""
+    return f"{random.getrandbits(128):032x}"
 
 
 # ── HTTP front ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5712,8 +5717,10 @@ class Front(http.server.ThreadingHTTPServer):
 
     def refusal(self, error: ProxyError, dialect: str) -> bytes:
         """The answer to a request that does not reach the application."""
-        self._log.event("WARNING", "front", "refused", status=error.status, message=error.message)
-        error.headers.append(("x-proxy-backend", self.application.serving.primary.name))
+        request_id = new_request_id()
+        said = {"request_id": request_id, "status": error.status, "message": error.message}
+        self._log.event("WARNING", "front", "refused", **said)
+        error.headers += [("x-request-id", request_id), ("x-proxy-backend", self.application.serving.primary.name)]
         return error_bytes(error, dialect)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

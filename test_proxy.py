@@ -3720,6 +3720,9 @@ def test_malformed_requests_are_answered_and_closed(
     assert first.startswith(b"HTTP/1.1 %d " % status) and len(re.findall(rb"^HTTP/1", answer, re.M)) == 1
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] and b"Connection: close" in answer
     assert b"x-proxy-backend: %b" % (b"sdk" if mode == "sdk" else b"binary") in answer
+    given = re.search(rb"^x-request-id: (\w{32})\r$", answer, re.M)
+    assert given
+    wait_until(lambda: f'"request_id": "{given[1].decode()}"' in running.output)
     assert not provider.got
 
 
