@@ -5682,8 +5682,9 @@ class Front(http.server.ThreadingHTTPServer):
         return False
 
     def service_actions(self) -> None:
-        """Called by socketserver again and again: take in what refused clients still send, as `Handler._linger` does."""
-        kept, now = [], time.monotonic()
+        """Called by socketserver again and again: take in what refused clients still send, as `_linger` does."""
+        kept: list[tuple[socket.socket, float]] = []
+        now = time.monotonic()
         for sock, until in self._refused:
             if now < until and goes_on(sock) and len(kept) < MAX_REFUSED:
                 kept.append((sock, until))
@@ -5718,8 +5719,8 @@ class Front(http.server.ThreadingHTTPServer):
     def refusal(self, error: ProxyError, dialect: str) -> bytes:
         """The answer to a request that does not reach the application."""
         request_id = new_request_id()
-        said = {"request_id": request_id, "status": error.status, "message": error.message}
-        self._log.event("WARNING", "front", "refused", **said)
+        fields: dict[str, Any] = {"request_id": request_id, "status": error.status, "message": error.message}
+        self._log.event("WARNING", "front", "refused", **fields)
         error.headers += [("x-request-id", request_id), ("x-proxy-backend", self.application.serving.primary.name)]
         return error_bytes(error, dialect)
 
