@@ -1749,6 +1749,7 @@ class Event(enum.Enum):
 TRANSITIONS = {
     (State.CLOSED, Event.FAILED): State.OPEN,
     (State.OPEN, Event.WAITED): State.HALF_OPEN,
+    (State.OPEN, Event.WORKED): State.CLOSED,  # a try out of turn: there was no other way
     (State.HALF_OPEN, Event.WORKED): State.CLOSED,
     (State.HALF_OPEN, Event.FAILED): State.OPEN,
 }
@@ -1777,15 +1778,15 @@ class CircuitBreaker:
         """Set how many failures in a row open it, and how long it then waits before a try."""
         self._threshold, self._reset_seconds = threshold, reset_seconds
 
-    def ticket(self) -> int | None:
-        """For one try, to be given back with `report`; None where there is to be none."""
+    def ticket(self, *, out_of_turn: bool = False) -> int | None:
+        """For one try, to be given back with `report`; None where there is to be none, unless it is out of turn."""
         changed = None
         with self._lock:
             if self.state is State.OPEN and self._clock() - self._opened >= self._reset_seconds:
                 changed = self._move(Event.WAITED)
             granted = self.state is State.CLOSED or (self.state is State.HALF_OPEN and not self._probing)
             self._probing |= granted and self.state is State.HALF_OPEN
-            ticket = self._epoch if granted else None
+            ticket = self._epoch if granted or out_of_turn else None
         self._tell(changed)
         return ticket
 
@@ -3596,14 +3597,14 @@ class SdkBackend:
         if status is None or (not exchange.sent and status >= 500):
             return self._unexpected(error, exchange, model)
         headers = provider_headers(exchange)
-        resting = None if exchange.sent else getattr(error, "cooldown_time", None)
-        if resting is not None:
-            headers = [("Retry-After", str(int(resting) + 1))]
+        pause: float | None = None if exchange.sent else getattr(error, "cooldown_time", None)
+        if pause is not None:
+            headers = [("Retry-After", str(int(pause) + 1))]
         said = provider_error(exchange.body)
         text = said.get("message") or provider_page(exchange) or plain_message(error)
         fields = {name: said[name] for name in ("param", "code") if isinstance(said.get(name), str)}
         kind = said.get("type") if isinstance(said.get("type"), str) else None
-        blame = PROVIDER if answered else RESTING if resting is not None else CLIENT if status < 500 else BACKEND
+        blame = PROVIDER if answered else RESTING if pause is not None else CLIENT if status < 500 else BACKEND
         return ProxyError(status, text, headers=headers, kind=kind, blame=blame, **fields)
 
     def _unexpected(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
@@ -4320,11 +4321,14 @@ class Connection:
         try:
             head = self.reader.head()
         except ProxyError as error:
-            raise ProxyError(error.status if error.status == 504 else 502, BAD_ANSWER) from None
+            if error.status == 504:
+                raise
+            raise ProxyError(502, BAD_ANSWER, blame=BACKEND) from None
         line, _, lines = (head or b"").decode("latin-1").partition("\r\n")
         match = STATUS_LINE.fullmatch(line)
         if match is None or not FIELD_LINES.fullmatch(lines):
-            raise ProxyError(502, "the LiteLLM server closed the connection" if head is None else BAD_ANSWER)
+            said = "the LiteLLM server closed the connection" if head is None else BAD_ANSWER
+            raise ProxyError(502, said, blame=BACKEND)
         minor, status, reason = match.groups()
         return int(status), reason or "", int(minor), Headers.parse(lines.split("\r\n") if lines else [])
 
@@ -4403,7 +4407,7 @@ class BinaryBackend:
             return self._exchange(Connection(sock, request.peer, self._timeout, reused), request, head)
         except OSError as error:
             self.pool.release(sock)
-            raise ProxyError(502, f"the connection to the LiteLLM server broke ({error})") from None
+            raise ProxyError(502, f"the connection to the LiteLLM server broke ({error})", blame=BACKEND) from None
         except BaseException:
             self.pool.release(sock)
             raise
@@ -4797,9 +4801,10 @@ class Failover:
     """The SDK's side, with the binary side behind it.
 
     In the order of the code: what leads to no model is the SDK's. While the circuit breaker holds the SDK back, the
-    binary side answers, and where it cannot be asked the SDK after all: the breaker never stands between a user and
+    binary side answers, and where that is out of order the SDK after all: the breaker never stands between a user and
     the only way to a model. Else the SDK tries; where it has failed, and not the client or the provider, the binary
-    side gets the request; where that has no better answer, the SDK's error is the answer.
+    side gets the request. Where neither has a good answer, the SDK's error is the answer, whoever was asked first: it
+    names the provider and the cause, in the client's dialect, while the binary side's may be a gateway's page.
     """
 
     name = "sdk"
@@ -4812,31 +4817,51 @@ class Failover:
         if not self._sdk.calls_a_model(request):
             return self._sdk.answer(request, route)
         ticket = self._breaker.ticket()
-        if ticket is None:
-            try:
-                return self._binary_answer(request, route)
-            except ProxyError as error:
-                if error.blame != BACKEND:
-                    raise
+        held_back = ticket is None
+        if held_back:
+            instead = self._answer_instead(request, route)
+            if instead:
+                return instead
+            ticket = self._breaker.ticket(out_of_turn=True)
         try:
             response = self._sdk.answer(request, route)
         except ClientGone:
             self._breaker.report(ticket, None)
             raise
         except ProxyError as error:
-            return self._after(error, request, route, ticket)
+            return self._after(error, request, route, ticket, held_back)
         except Exception as error:
-            return self._after(defect(error, request.id, self._log), request, route, ticket)
+            return self._after(defect(error, request.id, self._log), request, route, ticket, held_back)
         self._breaker.report(ticket, True)
         return response
 
-    def _after(self, failure: ProxyError, request: Request, route: Route, ticket: int | None) -> Response:
-        """What becomes of a request on which the SDK has failed; raises the failure where that is the answer."""
+    def _answer_instead(self, request: Request, route: Route) -> Response | None:
+        """The binary side's answer while the SDK is held back; None where it is out of order."""
+        request.body.read()  # kept: the SDK may need it too
+        try:
+            response = self._binary_answer(request, route)
+        except ProxyError as error:
+            if error.blame != BACKEND:
+                raise
+            return None
+        if out_of_order(response):
+            response.discard()
+            return None
+        return response
+
+    def _after(
+        self, failure: ProxyError, request: Request, route: Route, ticket: int | None, held_back: bool
+    ) -> Response:
+        """What becomes of a request on which the SDK has failed; raises the failure where that is the answer.
+
+        Args:
+            held_back: the SDK was, so that the binary side has been asked already.
+        """
         if failure.blame != UNSURE:
             self._breaker.report(ticket, WORKED[failure.blame])
         second = None
         try:
-            if failure.blame in REPEATED:
+            if failure.blame in REPEATED and not held_back:
                 second = self._repeat(request, route, failure)
         finally:  # also where the client leaves meanwhile: a probe must not stay out for ever
             if failure.blame == UNSURE:
@@ -4864,15 +4889,17 @@ class Failover:
         return response
 
     def health(self) -> dict[str, dict[str, Any]]:
-        """The rows of both sides; with one of them well, the other's fault is no more than a weakness."""
-        sides = (self._sdk.health(), self._binary.health())
-        well = any(all(row["status"] != "unhealthy" for row in side.values()) for side in sides)
-        rows = {name: row for side in sides for name, row in side.items()}
-        if well:
-            ill = {name: row for name, row in rows.items() if row["status"] == "unhealthy"}
-            rows.update({name: {**row, "status": "degraded"} for name, row in ill.items()})
+        """The rows of both sides; with one of them well, the other's fault is no more than a weakness.
+
+        While the circuit breaker is not closed, the SDK is not well: its last tries have failed.
+        """
         breaker = self._breaker
         closed = breaker.state is State.CLOSED
+        sdk, binary = self._sdk.health(), self._binary.health()
+        rows = {**sdk, **binary}
+        if (closed and is_well(sdk)) or is_well(binary):
+            ill = {name: row for name, row in rows.items() if row["status"] == "unhealthy"}
+            rows.update({name: {**row, "status": "degraded"} for name, row in ill.items()})
         rows["circuit_breaker"] = {
             "status": "healthy" if closed else "degraded",
             "state": breaker.state.name.lower(),
@@ -4880,6 +4907,25 @@ class Failover:
             "trips": breaker.trips,
         }
         return rows
+
+
+def is_well(rows: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether no row of a side's health is unhealthy."""
+    return all(row["status"] != "unhealthy" for row in rows.values())
+
+
+def out_of_order(response: Response) -> bool:
+    """Whether LiteLLM's server, or a gateway in front of it, failed before a provider was called.
+
+    The server marks what it has begun a call for with ``x-litellm-call-id``, errors included: its own, those of its
+    connection to the provider, and the provider's. These cannot be told apart for good (``llm_provider-*`` headers
+    come with a provider's error on some routes only, never on ``/v1/messages``; measured with 1.108.7), and a repeat
+    could have the provider do, and bill, the same thing twice. So an error with the mark is final. Without it no model
+    was called (``count_tokens`` lacks it always, and does nothing). A gateway's 504 is final too: what it
+    has waited for may well be under way.
+    """
+    marked = any(name.lower() == "x-litellm-call-id" for name, _ in response.headers)
+    return response.status >= 500 and response.status != 504 and not marked
 
 
 # ── application ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -6102,6 +6148,7 @@ BREAKER_NEWS = {
     (State.CLOSED, State.OPEN): ("CRITICAL", "the SDK keeps failing: the binary side serves (circuit breaker open)"),
     (State.OPEN, State.HALF_OPEN): ("INFO", "one request tries the SDK again"),
     (State.HALF_OPEN, State.OPEN): ("WARNING", "the SDK still fails: the binary side goes on serving"),
+    (State.OPEN, State.CLOSED): ("WARNING", "the SDK works again, and serves (circuit breaker closed)"),
     (State.HALF_OPEN, State.CLOSED): ("WARNING", "the SDK works again, and serves (circuit breaker closed)"),
 }
 

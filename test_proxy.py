@@ -1254,6 +1254,17 @@ def test_the_circuit_breakers_whole_life() -> None:
     assert changes == ["CLOSED>OPEN", "OPEN>HALF_OPEN", "HALF_OPEN>OPEN", "OPEN>HALF_OPEN", "HALF_OPEN>CLOSED"]
 
 
+def test_a_try_out_of_turn_that_works_closes_the_circuit_breaker() -> None:
+    breaker = proxy.CircuitBreaker(clock=lambda: 0.0)
+    breaker.configure(1, 30.0)
+    breaker.report(breaker.ticket(), False)
+    assert breaker.ticket() is None
+    breaker.report(breaker.ticket(out_of_turn=True), False)
+    assert breaker.state is proxy.State.OPEN and breaker.ticket() is None
+    breaker.report(breaker.ticket(out_of_turn=True), True)
+    assert (breaker.state, breaker.failures, breaker.trips) == (proxy.State.CLOSED, 0, 1)
+
+
 def test_the_circuit_breaker_lets_one_of_many_threads_probe() -> None:
     breaker = proxy.CircuitBreaker()
     breaker.configure(1, 0.001)
@@ -3530,12 +3541,88 @@ def test_the_breaker_never_stands_before_the_only_way_to_a_model() -> None:
         assert both.breaker()["state"] == "open"
         both.second.server.shutdown()
         both.second.server.server_close()
+        answer = both.proxy.chat(headers={"connection": "close"})
+        assert (answer.status_code, answer.headers["x-proxy-backend"]) == (502, "sdk")
+        calls = len(both.first.got)
+        health = both.proxy.client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "unhealthy"), "both ways are gone"
+        assert len(both.first.got) == calls
         both.first.script = usual_answer
         answer = both.proxy.chat(headers={"connection": "close"})
         assert (answer.status_code, answer.headers["x-proxy-backend"]) == (200, "sdk")
         health = both.proxy.client.get("/health")
         assert health.status_code == 200
         assert health.json()["checks"]["litellm_server"]["status"] == "degraded"
+        assert health.json()["checks"]["circuit_breaker"]["state"] == "closed", "the SDK has shown that it works"
+
+
+@pytest.fixture(scope="module")
+def tripped_pair() -> Iterator[Pair]:
+    """A pair whose breaker opens at the first failure."""
+    with pair(breaker={"failure_threshold": 1, "reset_seconds": 600}) as made:
+        yield made
+
+
+def trip(both: Pair) -> None:
+    """Have the breaker open, with an SDK's side that would work again."""
+    both.first.script, both.second.script = hang_up, usual_answer
+    assert both.proxy.chat().headers["x-proxy-backend"] == "binary"
+    assert both.breaker()["state"] == "open"
+    both.first.script = usual_answer
+    both.first.got.clear()
+    both.second.got.clear()
+
+
+BEGUN = {"x-litellm-call-id": "1"}  # LiteLLM's server has begun a call
+HTML = {"content-type": "text/html"}  # a gateway's page
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("status", "headers", "tried"),
+    [
+        *((status, headers, True) for status, headers in ((500, {}), (502, {}), (503, HTML), (0, {}))),
+        *((status, headers, False) for status, headers in ((504, {}), (500, BEGUN), (503, BEGUN), (429, {}))),
+    ],
+)
+def test_with_an_open_breaker_the_sdk_is_tried_where_the_binary_side_is_out_of_order(
+    tripped_pair: Pair, status: int, headers: dict[str, str], tried: bool, stream: bool
+) -> None:
+    both = tripped_pair
+    trip(both)
+    both.second.script = (lambda _got: Reply(b"{}", status, headers)) if status else hang_up
+    answer = both.proxy.chat(stream=stream)
+    assert (answer.status_code, answer.headers["x-proxy-backend"]) == ((200, "sdk") if tried else (status, "binary"))
+    assert both.second.got and len(both.first.got) == int(tried)
+    assert both.breaker()["state"] == ("closed" if tried else "open")
+    wait_until(lambda: samples_of(both.proxy)['memory_proxy_pool_connections{state="busy"}'] == 0)
+
+
+def test_with_an_open_breaker_an_upload_reaches_the_sdk_too_and_its_error_is_shown(tripped_pair: Pair) -> None:
+    both = tripped_pair
+    trip(both)
+    both.first.script, both.second.script = lambda _got: Reply(b'{"text": "hello"}'), status_reply(503)
+    upload = {"file": ("a.wav", bytes(300_000), "audio/wav")}
+    heard = both.proxy.client.post("/v1/audio/transcriptions", data={"model": "gpt"}, files=upload)
+    assert (heard.status_code, heard.headers["x-proxy-backend"]) == (200, "sdk"), heard.text
+    assert bytes(300_000) in both.first.last.raw and bytes(300_000) in both.second.last.raw
+    trip(both)
+    both.first.script, both.second.script = hang_up, status_reply(503)
+    answer = both.proxy.messages()
+    assert (answer.status_code, answer.json()["type"], len(both.second.got)) == (502, "error", 1)
+    assert "could not be reached" in answer.json()["error"]["message"]
+    assert both.breaker()["state"] == "open"
+
+
+@pytest.mark.parametrize(("path", "name"), DIALECTS)
+def test_litellms_server_marks_what_it_has_begun_a_call_for(
+    binary: Proxy, provider: Provider, path: str, name: str
+) -> None:
+    for script in (status_reply(500), status_reply(503), hang_up):
+        provider.script = script
+        answer = binary.post(path, body_for(path, name))
+        assert answer.status_code >= 500 and answer.headers["x-litellm-call-id"]
+    assert "x-litellm-call-id" not in binary.post(path, [1]).headers
 
 
 def test_without_a_binary_side_there_is_no_breaker(sdk: Proxy) -> None:
