@@ -1302,12 +1302,13 @@ def never_decides(pattern: HeaderPattern, earlier: Sequence[HeaderPattern], cust
 # One line an event: readable on a terminal, else one JSON object. Every line goes through the redaction. Counters
 # have one lock and bounded labels.
 
-# What a key looks like where its value is not known: the name that leads to it is kept, the rest is not shown.
+# What a key looks like where its value is not known: the name that leads to it is kept, the rest is not shown. What our
+# guide says in the place of a key is none.
 KEY_SHAPES = re.compile(
     r"""(?ix) ( \bbearer\s+
               | ://(?=[^\s/"'@]*@)
               | \b[a-z_-]{0,40}api[-_]?key (?: \\*["'] )? \s* (?: [:=] | ,\s*(?=b?["']) ) \s* (?: b? \\*["'] )?
-              ) [^\s"',}@\\]+
+              ) (?! anything\b | \$[A-Z] ) [^\s"',}@\\]+
             | \bsk-[a-z0-9_-]{6,}"""
 )
 REDACTED = "[redacted]"

@@ -1133,6 +1133,12 @@ def test_secrets_are_redacted_by_value_and_by_shape(text: str) -> None:
     assert "abcdefgh12345" not in redacted and "deep-secret-value" not in redacted and proxy.REDACTED in redacted
 
 
+def test_the_guide_tells_what_to_set_as_a_key(sdk: Proxy) -> None:
+    assert "OPENAI_API_KEY=anything" in sdk.output and "ANTHROPIC_AUTH_TOKEN=anything" in sdk.output
+    named = "OPENAI_BASE_URL=http://127.0.0.1:8764/v1 OPENAI_API_KEY=$LITELLM_MASTER_KEY"
+    assert proxy.Redactor()(named) == named
+
+
 def test_redaction_takes_no_longer_for_hostile_text() -> None:
     began = time.monotonic()
     proxy.Redactor(["deep-secret-value"])("a-" * 500_000)
