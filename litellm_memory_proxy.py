@@ -2120,7 +2120,7 @@ class Reader:
         """The body's bytes as they come in, without its chunked coding; trailers are dropped (RFC 9110 §6.5.1).
 
         Raises:
-            ProxyError: 400, the body ends early or its chunks are malformed.
+            ProxyError: 400, the body ends early or its chunks or trailers are malformed; 431.
         """
         return self._chunks() if framing == CHUNKED else self._bytes(framing)
 
@@ -2146,8 +2146,12 @@ class Reader:
             yield from self._bytes(size)
             if self.line():
                 raise ProxyError(400, "a chunk of the body is malformed")
-        while self.line():
-            pass
+        for _ in range(MAX_HEADER_FIELDS + 1):
+            line = self.line().decode("latin-1")
+            if not line:
+                return
+            parse_fields(line)
+        raise ProxyError(431, f"the body has more than {MAX_HEADER_FIELDS} trailer fields")
 
 
 def chunk(data: bytes) -> bytes:

@@ -1365,6 +1365,9 @@ def test_a_reader_takes_heads_and_bodies_in_any_pieces() -> None:
         b"",
         b"0\r\n",
         b"1" * 20,
+        b"0\r\nTrailer: a\nb: c\r\n\r\n",
+        b"0\r\nTrailer : x\r\n\r\n",
+        b"0\r\n" + b"a: b\r\n" * 201 + b"\r\n",
     ],
 )
 def test_a_broken_chunked_body_is_refused(data: bytes) -> None:
