@@ -150,6 +150,7 @@ FAILURE_THRESHOLD = 5  # failures of the SDK's side in a row that open the circu
 RESET_SECONDS = 30.0  # before an open circuit breaker lets one request try again
 WATCH_SECONDS = 0.5  # between two looks at the files under --watch, and at a switch that is under way
 PROBE_SECONDS = 1.0  # between two looks at a LiteLLM server that could not be reached
+GLANCE_SECONDS = 0.05  # /health waits this long for a look at such a server: it is to answer within 0.1 s
 
 LAST_WORDS = 40  # lines of the LiteLLM server's output that are shown when it dies
 CHILD_READY_SECONDS = 180.0  # LiteLLM's server takes 8 to 30 s; a cold laptop disk several times that
@@ -4134,7 +4135,7 @@ class Upstream:
             raise StartError(f"--litellm-url must be http://HOST:PORT or https://…, not {url!r}")
         self.host, self.prefix, self.authority = parts.hostname, parts.path.rstrip("/"), parts.netloc.rpartition("@")[2]
         self.fault: str | None = None  # why it cannot be reached, until it can be again
-        self._closed = threading.Event()
+        self._closed, self._looking = threading.Event(), threading.Lock()
         self.url = f"{parts.scheme}://{self.authority}{self.prefix}"  # without credentials: it is shown
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
 
@@ -4152,6 +4153,18 @@ class Upstream:
             raise unavailable(fault) from None
         self.fault = None
         return connected
+
+    def glance(self) -> None:
+        """Try a connection, so that `fault` is true of now also where nobody sent a request; it goes on behind us."""
+        if self.fault is None and self._looking.acquire(blocking=False):
+            look = threading.Thread(target=self._look, name="look at the LiteLLM server", daemon=True)
+            look.start()
+            look.join(GLANCE_SECONDS)
+
+    def _look(self) -> None:
+        with contextlib.suppress(ProxyError):
+            self.connect().close()
+        self._looking.release()
 
     def _await_return(self) -> None:
         """Look for the server again and again, so that `fault` is true of now also where nobody asks for it."""
@@ -4512,6 +4525,8 @@ class BinaryBackend:
 
     def health(self) -> dict[str, dict[str, Any]]:
         """This backend's rows of ``/health``."""
+        if self.server is None:
+            self._upstream.glance()
         reason = self.down()
         row = {"status": "unhealthy" if reason else "healthy", "url": self._upstream.url, "reason": reason}
         return {"litellm_server": {**row, **({"restarts": self.server.restarts} if self.server else {})}}

@@ -3644,6 +3644,7 @@ def test_without_a_binary_side_there_is_no_breaker(sdk: Proxy) -> None:
 def test_a_server_that_cannot_be_reached_is_unhealthy_until_it_can(shared_provider: Provider) -> None:
     port = free_port()
     running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", f"http://127.0.0.1:{port}")
+    assert running.client.get("/health").status_code == 503  # before any request has met it
     answer = running.chat()
     assert (answer.status_code, answer.headers["x-proxy-backend"]) == (503, "binary") and answer.headers["retry-after"]
     health = running.client.get("/health")
