@@ -1337,6 +1337,16 @@ class Redactor:
         return value if value is None or isinstance(value, bool | int | float) else self(str(value))
 
 
+def timestamp() -> str:
+    """Now, in UTC with milliseconds, as RFC 3339 writes it."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def one_line(text: str) -> str:
+    """The text without what could end or recolour a line."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "?", text)
+
+
 class LogFile(RotatingFileHandler):
     """A rotated file; a disk that is full costs its lines and nothing else."""
 
@@ -1375,9 +1385,8 @@ class Log:
         """Write one event; ``said`` is what stands on a terminal in place of the fields."""
         if getattr(logging, level) < self.level:
             return
-        now = datetime.now(timezone.utc)
-        as_json = self._as_json(now, level, component, event, fields) if self._json or self._file else ""
-        line = as_json if self._json else self._readable(now, level, f"{component}: {event}", said, fields)
+        as_json = self._as_json(level, component, event, fields) if self._json or self._file else ""
+        line = as_json if self._json else self._readable(level, f"{component}: {event}", said, fields)
         try:
             self._lines.put_nowait((line, as_json))
         except Full:
@@ -1405,12 +1414,11 @@ class Log:
         while self._lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def _as_json(self, now: datetime, level: str, component: str, event: str, fields: Mapping[str, Any]) -> str:
-        stamp = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        head = {"timestamp": stamp, "level": level, "component": component, "event": event}
+    def _as_json(self, level: str, component: str, event: str, fields: Mapping[str, Any]) -> str:
+        head = {"timestamp": timestamp(), "level": level, "component": component, "event": event}
         return json.dumps({**head, **self.redact.within(dict(fields))}, default=str)
 
-    def _readable(self, now: datetime, level: str, what: str, said: str | None, fields: Mapping[str, Any]) -> str:
+    def _readable(self, level: str, what: str, said: str | None, fields: Mapping[str, Any]) -> str:
         known = {key: value for key, value in fields.items() if value is not None}
         message = known.pop("message", None)
         text = said or " ".join(
@@ -1419,9 +1427,8 @@ class Log:
                 *(f"{k}={v}" for k, v in known.items()),
             ]
         )
-        # A value can neither end nor recolour the line.
-        line = f"{now.astimezone():%H:%M:%S} {level.lower():<8} {text}".encode("utf-8", "replace").decode()
-        return self.redact(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "?", line))
+        line = f"{datetime.now():%H:%M:%S} {level.lower():<8} {text}".encode("utf-8", "replace").decode()
+        return self.redact(one_line(line))
 
 
 class LoggingHandler(logging.Handler):
@@ -2793,15 +2800,14 @@ class CookieGate(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def cookie_gate() -> Iterator[tuple[str, dict[str, bool]]]:
-    """A running `CookieGate`: its URL, and for the first part of each path that was asked, whether the cookie came."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), CookieGate)
+def loopback_server(handler: type[http.server.BaseHTTPRequestHandler], seen: Any) -> Iterator[str]:
+    """The URL of a small server that runs for as long as it is needed; its handlers find ``seen`` there."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.block_on_close = False
-    server.seen = {}  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
+    server.seen = seen  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", server.seen  # type: ignore[attr-defined]
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
@@ -3065,13 +3071,12 @@ def ollama_message(message: dict[str, Any]) -> dict[str, Any]:
 def ollama_reply(model: str, message: dict[str, Any], done: str | None = None, tally: Tally | None = None) -> bytes:
     """One line of Ollama's answer; ``done`` is why it is the last."""
     usage = tally.usage() if tally else Usage()
-    stamp = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
     ended = {
         "done_reason": "length" if done == "length" else "stop",
         "prompt_eval_count": usage.input_tokens or 0,
         "eval_count": usage.output_tokens or 0,
     }
-    line = {"model": model, "created_at": stamp, "message": {"role": "assistant", "content": "", **message}}
+    line = {"model": model, "created_at": timestamp(), "message": {"role": "assistant", "content": "", **message}}
     return json_line({**line, "done": done is not None, **(ended if done is not None else {})})
 
 
@@ -3274,7 +3279,8 @@ class SdkRuntime:
         """
         import asyncio
 
-        with cookie_gate() as (url, seen):
+        seen: dict[str, bool] = {}  # for the first part of each path that was asked, whether the cookie came
+        with loopback_server(CookieGate, seen) as url:
             calls = [
                 getattr(self.litellm, function)(
                     model=f"{path}/proof",
@@ -5339,10 +5345,8 @@ class Application:
             **record.serving.primary.health(),
         }
         worst = max((row["status"] for row in checks.values()), key=("healthy", "degraded", "unhealthy").index)
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        return json_response(
-            503 if worst == "unhealthy" else 200, {"status": worst, "timestamp": now, "checks": checks}
-        )
+        document = {"status": worst, "timestamp": timestamp(), "checks": checks}
+        return json_response(503 if worst == "unhealthy" else 200, document)
 
     def _info(self, record: Record) -> Response:
         asked = Headers(record.request.query.items())  # for a client that is not at hand
@@ -6960,12 +6964,12 @@ INSIDE_REFUSAL = {"error": {"message": "too many requests", "type": "rate_limit_
 
 
 class InsideHandler(http.server.BaseHTTPRequestHandler):
-    """Answers as a provider, and adds what it received to ``server.received``."""
+    """Answers as a provider, and adds what it received to ``server.seen``."""
 
     def do_POST(self) -> None:
         body = json_object(self.rfile.read(int(self.headers["Content-Length"])))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.received.append(Received(self.path, body, headers))  # type: ignore[attr-defined]
+        self.server.seen.append(Received(self.path, body, headers))  # type: ignore[attr-defined]
         if "/limited/" in self.path:
             self._send(429, "application/json", json.dumps(INSIDE_REFUSAL).encode())
             return
@@ -6996,20 +7000,6 @@ class Received:
     path: str
     body: Mapping[str, Any]
     headers: Mapping[str, str]
-
-
-@contextlib.contextmanager
-def inside_provider() -> Iterator[tuple[str, list[Received]]]:
-    """The running provider inside: its URL, and the list that gets what it receives."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), InsideHandler)
-    received: list[Received] = []
-    server.received = received  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", received
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def inside_config(document: Mapping[str, Any], url: str) -> dict[str, Any]:
@@ -7265,7 +7255,8 @@ def compare_modes(config: Config, models: Sequence[str]) -> list[tuple[str, ...]
     key = config.master_key or f"sk-parity-{random.getrandbits(128):032x}"
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "x-request-id": "parity"}
     rows = []
-    with inside_provider() as (url, received):
+    received: list[Received] = []
+    with loopback_server(InsideHandler, received) as url:
         features = list(real_features(models)) if models else FEATURES
         with both_modes(document if models else inside_config(document, url), key) as urls:
             patience = Patience()
@@ -7692,8 +7683,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def printable(line: str) -> str:
     """One line that the terminal takes as such, whatever a config or a file's name has in it."""
     encoding = sys.stdout.encoding or "utf-8"
-    plain = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", "?", line)
-    return plain.encode(encoding, "backslashreplace").decode(encoding)
+    return one_line(line).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def config_if_any(path: str) -> Config:
