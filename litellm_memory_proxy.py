@@ -186,10 +186,8 @@ ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    405: "invalid_request_error",
     408: "timeout_error",
     413: "request_too_large",
-    422: "invalid_request_error",
     429: "rate_limit_error",
     500: "api_error",
     504: "timeout_error",
@@ -288,11 +286,11 @@ class ProxyError(Exception):
         """The error body in the given dialect, ``OPENAI``, ``ANTHROPIC`` or ``OLLAMA``."""
         if dialect == OLLAMA:
             return {"error": self.message}
-        if dialect == ANTHROPIC:
-            default = ANTHROPIC_TYPES.get(self.status, "api_error")
-            kind = self.kind if self.kind in ANTHROPIC_TYPES.values() else default  # clients know no others
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
         default = "api_error" if self.status >= 500 else "invalid_request_error"
+        if dialect == ANTHROPIC:
+            usual = ANTHROPIC_TYPES.get(self.status, default)
+            kind = self.kind if self.kind in ANTHROPIC_TYPES.values() else usual  # clients know no others
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
         kind = self.kind or OPENAI_TYPES.get(self.status, default)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -2917,6 +2915,19 @@ async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[by
     yield SSE_DONE
 
 
+async def text_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
+    """The same for a text completion, in which OpenAI's last chunk has an empty text, and LiteLLM's has none."""
+
+    async def with_texts() -> AsyncIterator[Any]:
+        async for part in stream:
+            for choice in part.choices:
+                choice.text = choice.text or ""
+            yield part
+
+    async for data in chat_frames(with_texts(), model, tally):
+        yield data
+
+
 def is_bare(part: Any) -> bool:
     """Whether a chunk says nothing but the usage."""
     return not any(choice.finish_reason or choice.delta.model_dump(exclude_none=True) for choice in part.choices)
@@ -3136,7 +3147,7 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
         "GET": Endpoint("aget_responses", {"response_id": str}, adds_headers=True),
         "DELETE": Endpoint("adelete_responses", {"response_id": str}, adds_headers=True),
     },
-    "/completions": {"POST": Endpoint("atext_completion", {"prompt": (str, list)}, chat_frames)},
+    "/completions": {"POST": Endpoint("atext_completion", {"prompt": (str, list)}, text_frames)},
     "/embeddings": {"POST": Endpoint("aembedding", {"input": (str, list)})},
     "/moderations": {"POST": Endpoint("amoderation", {"input": (str, list)}, adds_headers=True)},
     "/images/generations": {"POST": Endpoint("aimage_generation", {"prompt": str}, adds_headers=True)},
@@ -3149,6 +3160,7 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
         "POST": Endpoint("acompletion", {"messages": list}, ollama_frames, read=ollama_params, write=ollama_answer)
     },
 }
+RESPONSE_ID = "resp_bGl0ZWxsbT"  # how LiteLLM's ids begin: "litellm:" in base64, then the deployment that has it
 MODELS_PATH = "/models"
 DEPLOYMENT_PATH = re.compile(r"/(?:openai/deployments|engines)/([^/]+)(/.+)")  # Azure's, and OpenAI's of old
 
@@ -3505,6 +3517,8 @@ class SdkBackend:
     def _params(self, request: Request, endpoint: Endpoint, given: Mapping[str, str]) -> dict[str, Any]:
         """The parameters of path and body, checked as far as LiteLLM would stumble over them."""
         if "response_id" in given:
+            if not given["response_id"].startswith(RESPONSE_ID):
+                raise ProxyError(404, f"the response {given['response_id']!r} does not exist", param="response_id")
             return dict(given)
         params = {**endpoint.read(request), **given}
         model = params.get("model")
@@ -3650,18 +3664,19 @@ class SdkBackend:
 
     def _ollama_show(self, body: dict[str, Any]) -> dict[str, Any]:
         """Ollama's ``/api/show``: what LiteLLM knows of a model."""
-        name = body.get("model") or body.get("name")
-        if name not in set(self._model_names()):
+        name = str(body.get("model") or body.get("name"))
+        covering = self._covering_name(name)
+        entry = next((e for e in self._config.document["model_list"] if e["model_name"] == covering), None)
+        if entry is None:
             raise ProxyError(404, f"model {name!r} not found")
-        entry = next((e for e in self._config.document["model_list"] if e["model_name"] == name), None)
-        target = entry["litellm_params"]["model"] if entry else name
+        target = entry["litellm_params"]["model"]
         try:
-            known = self._litellm.get_model_info(target)
+            known = self._litellm.get_model_info(name if "*" in target else target)
         except Exception:  # LiteLLM's way of saying that it does not know the model
             known = {}
         able = (word for word, flag in OLLAMA_ABILITIES.items() if known.get(flag))
         size = {"general.architecture": "litellm", "litellm.context_length": known.get("max_input_tokens") or 32768}
-        return {**ollama_model(str(name)), "capabilities": ["completion", *able], "model_info": size}
+        return {**ollama_model(name), "capabilities": ["completion", *able], "model_info": size}
 
     async def count_tokens(self, **params: Any) -> Any:
         """How many input tokens Anthropic's ``count_tokens`` body has: the provider's own count where it has one."""

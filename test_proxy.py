@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,20 +276,30 @@ GEMINI = {
 }
 OLLAMA = {"model": "m", "created_at": "2026-01-01T00:00:00Z", "message": {"role": "assistant", "content": "hello"}}
 OLLAMA |= {"done": True, "done_reason": "stop", "prompt_eval_count": 3, "eval_count": 2}
-EMBEDDING = {"object": "list", "model": "m", "data": [{"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}]}
+VECTOR = [0.5, 0.25]
+VECTOR_TEXT = base64.b64encode(struct.pack("<2f", *VECTOR)).decode()
 TEXT = {"id": "t1", "object": "text_completion", "created": 1, "model": "m"}
 TEXT |= {"choices": [{"text": "hello", "index": 0, "finish_reason": "stop", "logprobs": None}], "usage": USAGE}
 
 
-def other_answer(path: str, stream: Any) -> Reply | None:
+def embeddings(body: dict[str, Any]) -> dict[str, Any]:
+    """A vector for each input, packed where the client asks for it."""
+    value: Any = VECTOR_TEXT if body.get("encoding_format") == "base64" else VECTOR
+    count = len(body["input"]) if isinstance(body["input"], list) else 1
+    rows = [{"object": "embedding", "index": index, "embedding": value} for index in range(count)]
+    return {"object": "list", "model": "m", "data": rows, "usage": USAGE}
+
+
+def other_answer(path: str, body: dict[str, Any]) -> Reply | None:
     """The answers of the other APIs: Gemini, Ollama, embeddings, text completions."""
+    stream = body.get("stream")
     if "generateContent" in path.replace("streamG", "g"):
         return Reply(parts=[sse(GEMINI)], headers=SSE) if "stream" in path else Reply(json.dumps(GEMINI).encode())
     if path.endswith("/api/chat"):
         line = json.dumps(OLLAMA).encode() + b"\n"
         return Reply(parts=[line], headers={"content-type": "application/x-ndjson"}) if stream else Reply(line)
     if path.endswith("/embeddings"):
-        return Reply(json.dumps({**EMBEDDING, "usage": USAGE}).encode())
+        return Reply(json.dumps(embeddings(body)).encode())
     if path.endswith("/v1/completions"):
         return (
             Reply(parts=[sse(TEXT), b"data: [DONE]\n\n"], headers=SSE) if stream else Reply(json.dumps(TEXT).encode())
@@ -301,7 +312,7 @@ def usual_answer(got: Got) -> Reply:
     if got.method != "POST" or not got.raw:
         return Reply(json.dumps({"method": got.method, "path": got.path}).encode(), headers=PROVIDER_HEADERS)
     body = got.body
-    other = other_answer(got.path.partition("?")[0], body.get("stream"))
+    other = other_answer(got.path.partition("?")[0], body)
     if other:
         return other
     stream, tools = body.get("stream"), body.get("tools")
@@ -449,8 +460,11 @@ def model(name: str, target: str, base: str, key: str = PROVIDER_KEY, **params: 
     return {"model_name": name, "litellm_params": {"model": target, "api_base": base, "api_key": key, **params}}
 
 
+SHIPPED_PATTERNS = yaml.safe_load((HERE / "config.yaml").read_text())["user_id_mappings"]["header_patterns"]
+
+
 def config_for(provider: Provider, *more: dict[str, Any], **sections: Any) -> dict[str, Any]:
-    """A config with an OpenAI and an Anthropic model at the provider."""
+    """A config with an OpenAI and an Anthropic model at the provider, and the shipped patterns."""
     return {
         "model_list": [
             model("gpt", "openai/gpt-4o-mini", f"{provider.url}/v1", extra_headers={"x-from-config": "1"}),
@@ -465,11 +479,7 @@ def config_for(provider: Provider, *more: dict[str, Any], **sections: Any) -> di
             "header_patterns": [
                 {"header": "user-agent", "pattern": "^claude-cli/", "user_id": "claude-code"},
                 {"header": "x-project", "pattern": r"^(?P<name>[\w/]+)$", "user_id": r"app-\g<name>"},
-                {
-                    "header": "user-agent",
-                    "pattern": "^(Async)?(?P<sdk>OpenAI|Anthropic)/Python",
-                    "user_id": r"sdk-\g<sdk>-Python",
-                },
+                *(pattern for pattern in SHIPPED_PATTERNS if pattern["user_id"] != "claude-code"),
             ]
         },
         "general_settings": {"forward_client_headers_to_llm_api": True},
@@ -619,6 +629,7 @@ def test_errors_have_the_dialect_of_the_path(path: str, dialect: str) -> None:
     assert proxy.dialect_of(path) == dialect
     body = proxy.ProxyError(429, "slow down").body(dialect)
     assert body["error"]["type"] == "rate_limit_error" and body["error"]["message"] == "slow down"
+    assert proxy.ProxyError(415, "m").body(dialect)["error"]["type"] == "invalid_request_error"
     assert (body.get("type") == "error") == (dialect == "anthropic")
 
 
@@ -2577,6 +2588,8 @@ def test_a_stored_response_can_be_fetched_and_deleted(sdk: Proxy, provider: Prov
     assert deleted.status_code == 200 and deleted.json()["deleted"] is True
     assert provider.last.method == "DELETE"
     assert sdk.client.put(f"/v1/responses/{made['id']}").headers["allow"] == "GET, DELETE"
+    unknown = sdk.client.get("/v1/responses/resp_unknown")
+    assert unknown.status_code == 404 and "'resp_unknown' does not exist" in unknown.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("prefix", ["/openai/deployments/gpt", "/engines/gpt", "/v1/engines/gpt"])
@@ -2667,6 +2680,8 @@ def test_ollamas_clients_find_their_models(sdk: Proxy, provider: Provider) -> No
     shown = sdk.post("/api/show", {"model": "gpt"}).json()
     assert shown["capabilities"] == ["completion", "tools", "vision"]
     assert shown["model_info"]["litellm.context_length"] == 128000
+    covered = sdk.post("/api/show", {"model": "anthropic/claude-of-tomorrow"})
+    assert (covered.status_code, covered.json()["capabilities"]) == (200, ["completion"])
     missing = sdk.post("/api/show", {"model": "none"})
     assert missing.status_code == 404 and missing.json() == {"error": "model 'none' not found"}
 
@@ -3662,7 +3677,7 @@ def test_the_own_endpoints_answer(sdk: Proxy, forward: Proxy) -> None:
         health = running.client.get("/health").json()
         assert health["status"] == "healthy" and health["timestamp"].endswith("Z")
         assert health["checks"]["configuration"]["model_count"] >= 3
-        assert health["checks"]["memory_router"] == {"status": "healthy", "pattern_count": 3}
+        assert health["checks"]["memory_router"] == {"status": "healthy", "pattern_count": len(SHIPPED_PATTERNS) + 1}
         assert "cookie_count" in health["checks"]["session_manager"]
         info = running.client.get("/memory-routing/info", headers={"user-agent": "claude-cli/1"}).json()
         assert info["user_id"] == "claude-code" and info["matched_pattern"]["header"] == "user-agent"
@@ -5117,18 +5132,8 @@ def test_openai_models(openai_client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("options", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}], ids=str)
 def test_openai_embeddings(openai_client: openai.OpenAI, provider: Provider, options: dict[str, Any]) -> None:
     """The library asks for base64 unless told otherwise, and decodes it; told so itself, it leaves it as it is."""
-    vector = struct.pack("<2f", 0.5, 0.25)
-
-    def script(got: Got) -> Reply:
-        packed = got.body.get("encoding_format") == "base64"
-        value: Any = base64.b64encode(vector).decode() if packed else [0.5, 0.25]
-        data = [{"object": "embedding", "index": index, "embedding": value} for index in range(2)]
-        return Reply(json.dumps({**EMBEDDING, "data": data, "usage": USAGE}).encode())
-
-    provider.script = script
     answer = openai_client.embeddings.create(model="gpt", input=["a", "b"], **options)
-    asked_for_text = options.get("encoding_format") == "base64"
-    expected: Any = base64.b64encode(vector).decode() if asked_for_text else [0.5, 0.25]
+    expected: Any = VECTOR_TEXT if options.get("encoding_format") == "base64" else VECTOR
     assert [row.embedding for row in answer.data] == [expected, expected]
     assert answer.usage.total_tokens == 5
     assert provider.last.body["input"] == ["a", "b"]
@@ -5143,9 +5148,9 @@ def test_openai_completions(openai_client: openai.OpenAI, provider: Provider) ->
 
 @pytest.mark.parametrize("served", ["sdk"], indirect=True)
 def test_openai_completions_streamed(openai_client: openai.OpenAI, provider: Provider) -> None:
-    """Not in binary mode: LiteLLM's server itself sends chunks there that the library cannot read."""
+    """Not in binary mode: the last chunk of LiteLLM's server has no text, which clients add to what they have."""
     chunks = list(openai_client.completions.create(model="gpt", prompt="hello", stream=True))
-    assert "".join(chunk.choices[0].text or "" for chunk in chunks if chunk.choices) == "hello"
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == "hello"
     assert arrived(provider.last) == OPENAI_ARRIVED
 
 
@@ -5273,6 +5278,485 @@ def test_anthropic_async(served: Proxy, provider: Provider) -> None:
 
     assert asyncio.run(talk()) == ("hello", "hello")
     assert [arrived(got) for got in provider.got] == [ANTHROPIC_ARRIVED] * 2
+
+
+# ── recorded clients ─────────────────────────────────────────────────────────────────────────────────────────────
+# What 20 set-ups of 15 clients put on the wire, each kind of request once: the same headers, the same fields of the
+# body, only shorter texts and the models of the tests. Sent by http.client, which adds nothing to it.
+
+COMPLETIONS, EMBEDDINGS, COUNT = "/v1/completions", "/v1/embeddings", "/v1/messages/count_tokens"
+ASKS_FOR_THE_TOOL, TELLS_THE_RESULT = "TOOLCALL please", "sunny"
+CALLED = ("", "get_weather", {"city": "Oslo"})  # text, name and arguments of a call
+UUID = "01a20631-bd0b-75f1-9968-703e4aa7fe1f"
+CACHED = {"cache_control": {"type": "ephemeral"}}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One kind of request of one client.
+
+    Args:
+        memory: the id that the shipped patterns give it.
+        bodies: what it sends, one after the other on one connection.
+        upgraded: it asks for a WebSocket, which LiteLLM's server speaks and sdk mode does not.
+        defect: why it cannot work in binary mode.
+    """
+
+    client: str
+    path: str
+    agent: str
+    memory: str
+    headers: dict[str, str]
+    bodies: Sequence[dict[str, Any]] = ()
+    method: str = "POST"
+    upgraded: bool = False
+    defect: str = ""
+
+    def __str__(self) -> str:
+        streamed = " streamed" if any(body.get("stream") for body in self.bodies) else ""
+        return f"{self.client} {self.method} {self.path}{streamed}".replace("/v1/", "")
+
+
+def blocks(text: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text}]
+
+
+def cached(text: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text, **CACHED}]
+
+
+def input_text(text: str) -> list[dict[str, Any]]:
+    return [{"type": "input_text", "text": text}]
+
+
+def call_and_result(path: str, **more: Any) -> list[dict[str, Any]]:
+    """The two entries that follow once the tool was called; ``more`` is what else the client puts into the first."""
+    if path == CHAT:
+        asked = {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL], **more}
+        return [asked, {"role": "tool", "tool_call_id": "call_1", "content": TELLS_THE_RESULT}]
+    if path == RESPONSES:
+        function = {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": "{}", **more}
+        return [function, {"type": "function_call_output", "call_id": "call_1", "output": TELLS_THE_RESULT}]
+    use = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Oslo"}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": TELLS_THE_RESULT}
+    said = [*more.get("thoughts", ()), *blocks("I ask for the weather."), use]
+    return [{"role": "assistant", "content": said}, {"role": "user", "content": [{**result, **more.get("mark", {})}]}]
+
+
+PLACE_AND_TOOL = {
+    CHAT: ("gpt", "messages", CHAT_TOOL),
+    RESPONSES: ("gpt", "input", RESPONSES_TOOL),
+    MESSAGES: ("claude", "messages", ANTHROPIC_TOOL),
+}
+
+
+def turns(
+    path: str,
+    say: Callable[[str], Any] = str,
+    before: Sequence[dict[str, Any]] = (),
+    after: Sequence[dict[str, Any]] = (),
+    **fields: Any,
+) -> list[dict[str, Any]]:
+    """The bodies of a greeting, of a question that needs the tool, and of the tool's result.
+
+    Args:
+        say: makes a message's content of a text.
+        before: the messages in front of each.
+        after: the call and its result, where they have a shape of their own.
+        fields: the same in each; ``tools`` go with the question and the result alone unless they are among them.
+    """
+    name, place, tool = PLACE_AND_TOOL[path.partition("?")[0]]
+    hello, question = ({"role": "user", "content": say(text)} for text in ("hello", ASKS_FOR_THE_TOOL))
+    called = after or call_and_result(path.partition("?")[0])
+    talks: list[list[Any]] = [[hello], [question], [question, *called]]
+    tools: list[dict[str, Any]] = [{}, {"tools": [tool]}, {"tools": [tool]}]
+    return [{"model": name, place: [*before, *talk], **more, **fields} for talk, more in zip(talks, tools, strict=True)]
+
+
+def stainless(lang: str, version: str, **more: str) -> dict[str, str]:
+    """The headers of the SDKs that Stainless generates; ``more`` has underscores for dashes."""
+    runtime = ("CPython", "3.11.7") if lang == "python" else ("node", "v20.20.2")
+    values = {"lang": lang, "package-version": version, "os": "Linux", "arch": "x64", "retry-count": "0"}
+    values |= {"runtime": runtime[0], "runtime-version": runtime[1]}
+    values |= {name.replace("_", "-"): value for name, value in more.items()}
+    return {
+        "accept": "application/json",
+        "accept-encoding": "gzip, deflate",
+        **{f"x-stainless-{name}": value for name, value in values.items()},
+        **({} if lang == "python" else NODE),
+    }
+
+
+NODE = {"accept-language": "*", "sec-fetch-mode": "cors"}
+BEARER, API_KEY = {"authorization": "Bearer anything"}, {"x-api-key": "anything"}
+ANTHROPIC_OLD = {**API_KEY, "anthropic-version": "2023-06-01"}
+ANTHROPIC_NEW = {**BEARER, "anthropic-version": "2026-10-21"}
+CONTEXT_BETA = {"anthropic-beta": "context-1m-2025-08-07"}
+ANY_ENCODING = {"accept": "*/*", "accept-encoding": "gzip, deflate, br, zstd"}
+STREAMED: dict[str, Any] = {"stream": True}
+USAGE_TOO: dict[str, Any] = {**STREAMED, "stream_options": {"include_usage": True}}
+THINKS = {"max_tokens": 3000, "thinking": {"type": "enabled", "budget_tokens": 1024}}
+ANSWER_SCHEMA = {"properties": {"answer": {"type": "string"}}, "required": ["answer"], "type": "object"}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "A", "strict": True, "schema": ANSWER_SCHEMA}}
+EMBEDS = {"model": "gpt", "input": ["a", "b"], "encoding_format": "base64"}
+COMPLETES = {"model": "gpt", "prompt": "hello"}
+RESPONDS = {"model": "gpt", "input": "hello"}
+BE_SHORT = {"role": "system", "content": "be short"}
+COUNTS = {"model": "claude", "messages": chat_body()["messages"]}
+NO_LAST_TEXT = "the last chunk of LiteLLM's server has no text, which clients add to what they have"
+
+
+def openai_sdk(client: str, lang: str, version: str, **quirks: Any) -> list[Recorded]:
+    """The OpenAI SDKs; ``quirks`` are what their messages with a tool call have beside it."""
+    agent, memory = f"OpenAI/{lang} {version}", f"sdk-OpenAI-{lang}"
+    headers = {**BEARER, **stainless(lang.lower(), version)}
+    python = {"x-stainless-async": "false", "x-stainless-read-timeout": "600"} if lang == "Python" else {}
+    headers |= python
+    helper = {**headers, "x-stainless-helper-method": "chat.completions.stream" if python else "stream"}
+    whole = [*turns(CHAT, after=call_and_result(CHAT, **quirks)), {**chat_body(), "response_format": FORMAT}]
+    asynchronous = {**headers, "x-stainless-async": "async:asyncio"}
+    item = call_and_result(RESPONSES, id="fc_1", status="completed")
+    return [
+        Recorded(client, CHAT, agent, memory, headers, whole),
+        Recorded(client, CHAT, agent, memory, helper, turns(CHAT, **USAGE_TOO)),
+        *([Recorded(f"{client} async", CHAT, f"Async{agent}", memory, asynchronous, turns(CHAT))] if python else []),
+        Recorded(client, COMPLETIONS, agent, memory, headers, [COMPLETES]),
+        Recorded(client, COMPLETIONS, agent, memory, headers, [{**COMPLETES, **STREAMED}], defect=NO_LAST_TEXT),
+        Recorded(client, EMBEDDINGS, agent, memory, headers, [EMBEDS]),
+        Recorded(client, RESPONSES, agent, memory, headers, [RESPONDS, *turns(RESPONSES, after=item)[1:]]),
+        Recorded(client, RESPONSES, agent, memory, headers, [{**RESPONDS, **STREAMED}]),
+        Recorded(client, "/v1/models", agent, memory, headers, method="GET"),
+        Recorded(client, "/v1/models/gpt", agent, memory, headers, method="GET"),
+    ]
+
+
+def anthropic_sdk(client: str, lang: str, version: str, auth: dict[str, str]) -> list[Recorded]:
+    """The Anthropic SDKs, which changed their authentication with 1.0 (JavaScript) and 2.0 (Python)."""
+    agent, memory = f"Anthropic/{lang} {version}", f"sdk-Anthropic-{lang}"
+    headers = {**auth, **stainless(lang.lower(), version, timeout="600")}
+    helper = {**headers, "x-stainless-helper-method": "stream", "x-stainless-stream-helper": "messages"}
+    streamed = [{**messages_body(), **STREAMED, "system": cached("be short")}, *turns(MESSAGES, **THINKS, **STREAMED)]
+    return [
+        Recorded(client, MESSAGES, agent, memory, headers, turns(MESSAGES, max_tokens=100, system="be short")),
+        Recorded(client, MESSAGES, agent, memory, helper, streamed),
+        Recorded(client, f"{MESSAGES}?beta=true", agent, memory, {**headers, **CONTEXT_BETA}, [messages_body()]),
+        Recorded(client, COUNT, agent, memory, headers, [COUNTS]),
+        Recorded(client, "/v1/models", agent, memory, headers, method="GET"),
+    ]
+
+
+def on_openai_for_python(client: str, version: str, *calls: tuple[str, list[dict[str, Any]]]) -> list[Recorded]:
+    """A program that is built upon OpenAI's SDK for Python, and shows its User-Agent."""
+    headers = {**BEARER, **stainless("python", version, raw_response="true", read_timeout="600.0")}
+    return [Recorded(client, p, f"OpenAI/Python {version}", "sdk-OpenAI-Python", headers, b) for p, b in calls]
+
+
+CLAUDE_BETAS = "claude-code-20250219,interleaved-thinking-2025-05-14,thinking-token-count-2026-05-13"
+CLAUDE_BETAS += ",context-management-2025-06-27,prompt-caching-scope-2026-01-05"
+
+
+def claude_code(client: str, entry: str, auth: dict[str, str], **fields: Any) -> list[Recorded]:
+    """Claude Code: it asks whether anybody is there, talks, and counts tokens for ``/context``."""
+    agent, memory = f"claude-cli/2.1.197 (external, {entry})", "claude-code"
+    headers = {**stainless("js", "0.94.0", timeout="600"), **ANY_ENCODING, "accept": "application/json", **auth}
+    headers |= {"x-claude-code-session-id": UUID, "x-app": "cli", "anthropic-version": "2023-06-01"}
+    headers |= {"anthropic-dangerous-direct-browser-access": "true", "anthropic-beta": CLAUDE_BETAS}
+    owner = {"device_id": "96f45325", "account_uuid": "", "session_id": UUID}
+    body = {
+        "system": [*blocks("x-header: a"), *cached("You are"), *cached("rules")],
+        "tools": [{**ANTHROPIC_TOOL, "name": "Bash"}, ANTHROPIC_TOOL],
+        "metadata": {"user_id": json.dumps(owner)},
+        "max_tokens": 32000,
+        "thinking": {"budget_tokens": 31999, "type": "enabled"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        **STREAMED,
+    }
+    after = call_and_result(MESSAGES, thoughts=[THINKING], mark=CACHED)
+    path = f"{MESSAGES}?beta=true"
+    title = {**messages_body(), "system": blocks("title"), "tools": [], "thinking": {"type": "disabled"}, **STREAMED}
+    talk = turns(path, lambda text: [*blocks("reminder"), *cached(text)], after=after, **body, **fields)
+    return [
+        Recorded(client, "/", "Bun/1.4.0", "", ANY_ENCODING, method="HEAD"),
+        Recorded(client, path, agent, memory, headers, [*talk, {**title, "temperature": 1}]),
+        Recorded(client, f"{COUNT}?beta=true", agent, memory, headers, [{**COUNTS, "tools": [ANTHROPIC_TOOL]}]),
+    ]
+
+
+CODEX_IDS = {"session-id": UUID, "thread-id": UUID, "x-client-request-id": UUID, "x-codex-window-id": f"{UUID}:0"}
+CODEX_TOOLS = [
+    RESPONSES_TOOL,
+    {"type": "namespace", "name": "multi_agent_v1", "description": "agents", "tools": [RESPONSES_TOOL]},
+    {"type": "web_search", "external_web_access": True},
+]
+
+
+def codex(client: str) -> list[Recorded]:
+    """Codex, whose built-in provider tries a WebSocket first and POSTs at once when it is told 426."""
+    agent = "codex_exec/0.169.0 (Debian 12.0.0; x86_64) dumb (codex_exec; 0.169.0)"
+    metadata = {"x-codex-turn-metadata": json.dumps({"session_id": UUID, "request_kind": "turn"})}
+    headers = {**BEARER, **CODEX_IDS, **metadata, "originator": "codex_exec", "accept": "text/event-stream"}
+    headers |= {"x-codex-beta-features": "remote_compaction_v2"}
+    upgrade = {"upgrade": "websocket", "connection": "Upgrade", "sec-websocket-version": "13"}
+    upgrade |= {"sec-websocket-key": "I8D7W/S43U6ix7PnQLkKqw==", "openai-beta": "responses_websockets=2026-02-06"}
+    developer = [{"type": "message", "role": "developer", "content": [*input_text("rules"), *input_text("more")]}]
+    thought = {"type": "reasoning", "summary": [], "content": None, "encrypted_content": "c2VjcmV0"}
+    body = {
+        "instructions": "You are Codex.",
+        "tools": CODEX_TOOLS,
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "reasoning": {"summary": "auto"},
+        "store": False,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": UUID,
+        "client_metadata": {"session_id": UUID, "turn_id": UUID},
+        **STREAMED,
+    }
+    after = [thought, *call_and_result(RESPONSES, id="fc_1", status="completed")]
+    talk = turns(RESPONSES, input_text, developer, after, **body)
+    posts = Recorded(client, RESPONSES, agent, "codex", headers, talk)
+    attempt = Recorded(client, RESPONSES, agent, "codex", {**headers, **upgrade}, method="GET", upgraded=True)
+    return [attempt, posts] if client == "Codex, built-in" else [posts]
+
+
+def opencode_calls() -> list[Recorded]:
+    """opencode, with one provider each of the AI SDK."""
+    agent, session = "opencode/1.18.33 ai-sdk/provider-utils/4.0.46 runtime/bun/1.3.14", f"ses_{UUID}"
+    headers = {**ANY_ENCODING, "x-session-id": session, "x-session-affinity": session}
+    betas = {"anthropic-beta": "structured-outputs-2025-11-13"}
+    chat = turns(CHAT, before=[BE_SHORT], max_tokens=8000, tool_choice="auto", tools=[CHAT_TOOL], **USAGE_TOO)
+    thinking = {"max_tokens": 48000, "thinking": {"type": "enabled", "budget_tokens": 16000}}
+    messages = turns(MESSAGES, cached, system=cached("rules"), tool_choice={"type": "auto"}, **thinking, **STREAMED)
+    more = {"store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": session}
+    more |= {"max_output_tokens": 32000, "reasoning": {"summary": "auto"}, "tool_choice": "auto"}
+    developer = {"role": "developer", "content": "rules"}
+    responses = turns(RESPONSES, input_text, [developer], tools=[RESPONSES_TOOL], **more, **STREAMED)
+    return [
+        Recorded("opencode", CHAT, agent, "opencode", {**headers, **BEARER}, chat),
+        Recorded("opencode", MESSAGES, agent, "opencode", {**headers, **ANTHROPIC_OLD, **betas}, messages[1:]),
+        Recorded("opencode", RESPONSES, agent, "opencode", {**headers, **BEARER}, responses),
+    ]
+
+
+def ai_sdk() -> list[Recorded]:
+    """Vercel's AI SDK, which has a User-Agent each for whole answers and for streams."""
+    utils = "ai-sdk/provider-utils/4.0.64 runtime/node.js/v20.20.2"
+    headers = {**NODE, "accept": "*/*", "accept-encoding": "gzip, deflate"}
+    betas = {"anthropic-beta": "structured-outputs-2025-11-13"}
+    whole, client = f"ai/6.0.326 {utils}", "AI SDK"
+    chat, messages = f"ai-sdk/openai-compatible/2.0.91 {utils}", f"ai-sdk/anthropic/3.0.139 {utils}"
+    openai, anthropic = {**headers, **BEARER}, {**headers, **ANTHROPIC_OLD, **betas}
+    talk = turns(MESSAGES, blocks, max_tokens=128000)
+    return [
+        Recorded(client, CHAT, whole, "ai-sdk", openai, turns(CHAT)),
+        Recorded(client, CHAT, chat, "ai-sdk", openai, turns(CHAT, **USAGE_TOO)),
+        Recorded(client, MESSAGES, whole, "ai-sdk", anthropic, talk),
+        Recorded(client, MESSAGES, messages, "ai-sdk", anthropic, [{**body, **STREAMED} for body in talk]),
+        Recorded(client, EMBEDDINGS, whole, "ai-sdk", openai, [{**EMBEDS, "encoding_format": "float"}]),
+    ]
+
+
+def pydantic_ai() -> list[Recorded]:
+    """pydantic-ai, which says its own name on OpenAI's SDK."""
+    headers = {**BEARER, **stainless("python", "3.54.0", read_timeout="600", **{"async": "async:asyncio"})}
+    bodies = [turns(path, before=[BE_SHORT], stream=False) for path in (CHAT, RESPONSES)]
+    bodies += [turns(CHAT, before=[BE_SHORT], **USAGE_TOO), turns(RESPONSES, before=[BE_SHORT], **STREAMED)]
+    name, memory = "pydantic-ai", "pydantic-ai"
+    paths = (CHAT, RESPONSES, CHAT, RESPONSES)
+    return [Recorded(name, p, f"{name}/2.68.0", memory, headers, b) for p, b in zip(paths, bodies, strict=True)]
+
+
+def others() -> list[Recorded]:
+    """Qwen Code and Continue, and LiteLLM's calls in Anthropic's API, its own and aider's."""
+    qwen = {**BEARER, **stainless("js", "5.11.0")}
+    before = [BE_SHORT, {"role": "user", "content": blocks("reminder")}, {"role": "assistant", "content": "I see."}]
+    talk = turns(CHAT, blocks, before, tools=[CHAT_TOOL], max_tokens=8000, **USAGE_TOO)
+    proceed = {**stainless("js", "5.23.2"), "accept-encoding": "gzip, deflate, br"}
+    empty = call_and_result(CHAT, content="")
+    betas = {**ANTHROPIC_OLD, "anthropic-beta": "prompt-caching-2024-07-31"}
+    marked = {"system": cached("rules"), "tools": [{**ANTHROPIC_TOOL, **CACHED}], "max_tokens": 32000}
+    litellm = {**ANTHROPIC_OLD, "accept": "*/*", "accept-encoding": "gzip, deflate"}
+    custom = turns(MESSAGES, blocks, max_tokens=4096, tools=[{**ANTHROPIC_TOOL, "type": "custom"}])
+    aider = {**messages_body(), "system": blocks("rules"), "temperature": 0, **STREAMED}
+    rows = [
+        ("Qwen Code", CHAT, "QwenCode/0.15.10 (linux; x64)", "qwen-code", qwen, talk),
+        (
+            *("Continue", CHAT, "ls/JS 5.23.2", "default-dev", {**proceed, **BEARER}),
+            turns(CHAT, before=[BE_SHORT], after=empty, tools=[CHAT_TOOL], **USAGE_TOO),
+        ),
+        ("Continue", MESSAGES, "node-fetch", "default-dev", betas, turns(MESSAGES, cached, **marked, **STREAMED)),
+        ("LiteLLM", MESSAGES, "litellm/1.106.2", "default-dev", litellm, custom),
+        ("LiteLLM", MESSAGES, "litellm/1.106.2", "default-dev", litellm, [{**custom[0], **STREAMED}]),
+        ("LiteLLM", RESPONSES, "litellm/1.106.2", "default-dev", {**litellm, **BEARER}, [RESPONDS]),
+        ("aider", MESSAGES, "litellm/1.81.10", "default-dev", litellm, [aider]),
+    ]
+    return [Recorded(*row) for row in rows]
+
+
+RECORDED = [
+    *openai_sdk("OpenAI for Python 3", "Python", "3.54.0", annotations=[]),
+    *openai_sdk("OpenAI for Python 1", "Python", "1.109.1", annotations=[]),
+    *anthropic_sdk("Anthropic for Python 2", "Python", "2.12.0", ANTHROPIC_NEW),
+    *anthropic_sdk("Anthropic for Python 0", "Python", "0.75.0", ANTHROPIC_OLD),
+    *on_openai_for_python(
+        *("LiteLLM", "2.54.0", (CHAT, turns(CHAT, after=call_and_result(CHAT, provider_specific_fields=None)))),
+        *((CHAT, turns(CHAT, **STREAMED)), (EMBEDDINGS, [{"model": "gpt", "input": ["a"]}])),
+    ),
+    *on_openai_for_python(
+        *("LangChain", "3.54.0", (CHAT, turns(CHAT, stream=False)), (CHAT, turns(CHAT, **STREAMED))),
+        *((RESPONSES, turns(RESPONSES, stream=False)), (RESPONSES, turns(RESPONSES, **STREAMED))),
+        (EMBEDDINGS, [EMBEDS]),
+    ),
+    *pydantic_ai(),
+    *on_openai_for_python(
+        *("llm", "3.54.0", (CHAT, turns(CHAT, before=[BE_SHORT], stream=False)), (CHAT, turns(CHAT, **USAGE_TOO))),
+    ),
+    *on_openai_for_python(
+        "aider", "2.20.0", *((CHAT, [{**chat_body(), "temperature": 0, **more}]) for more in ({}, STREAMED))
+    ),
+    *openai_sdk("OpenAI for JS", "JS", "6.49.0"),
+    *anthropic_sdk("Anthropic for JS 1", "JS", "1.12.0", ANTHROPIC_NEW),
+    *anthropic_sdk("Anthropic for JS 0", "JS", "0.71.0", ANTHROPIC_OLD),
+    *ai_sdk(),
+    *claude_code("Claude Code -p", "sdk-cli", BEARER),
+    *claude_code("Claude Code", "cli", API_KEY),
+    *codex("Codex"),
+    *codex("Codex, built-in"),
+    *opencode_calls(),
+    *others(),
+]
+
+
+def recorded_script(got: Got) -> Reply:
+    """As the real providers: the tool where it is wanted and not yet told of, and gzip where that is asked for."""
+    if got.method != "POST":
+        return usual_answer(got)
+    wants_tool = ASKS_FOR_THE_TOOL.encode() in got.raw and TELLS_THE_RESULT.encode() not in got.raw
+    if got.path.partition("?")[0].endswith("/count_tokens"):
+        reply = Reply(COUNTED)
+    elif wants_tool:
+        reply = call_reply(got, "get_weather", '{"city": "Oslo"}')
+    else:
+        reply = usual_answer(Got(got.method, got.path, [], json.dumps({**got.body, "tools": None}).encode()))
+    if reply.parts is None and "gzip" in (got.header("accept-encoding") or ""):
+        return Reply(gzip.compress(reply.body), headers={**reply.headers, "content-encoding": "gzip"})
+    return reply
+
+
+def pieces(document: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Text, and a call's name and arguments, of an answer or of an event of a stream, in any API."""
+    for choice in document.get("choices", ()):
+        said = choice.get("message", choice.get("delta"))
+        if said is None:  # a text completion
+            yield choice["text"], "", ""
+            continue
+        yield said.get("content") or "", "", ""
+        for call in said.get("tool_calls") or ():
+            yield "", call["function"].get("name") or "", call["function"].get("arguments") or ""
+    delta = document.get("delta", {})
+    if isinstance(delta, str):
+        yield (delta, "", "") if document["type"] == "response.output_text.delta" else ("", "", delta)
+        delta = {}
+    for block in (*document.get("content", ()), document.get("content_block", {}), delta):
+        arguments = json.dumps(block["input"]) if block.get("input") else block.get("partial_json", "")
+        yield block.get("text", ""), block.get("name", ""), arguments
+    for item in document.get("output", ()):
+        yield (
+            "".join(part["text"] for part in item.get("content") or ()),
+            item.get("name", ""),
+            item.get("arguments", ""),
+        )
+    if document.get("type") == "response.output_item.added":
+        yield "", document["item"].get("name") or "", ""
+
+
+def said_in(documents: Sequence[dict[str, Any]]) -> tuple[str, str, Any]:
+    """Text, and the name and the arguments of a call, put together."""
+    text, name, arguments = map("".join, zip(*chain.from_iterable(map(pieces, documents)), strict=True))
+    return text, name, json.loads(arguments or "{}")
+
+
+def said_in_stream(path: str, data: str) -> tuple[str, str, Any]:
+    """The same of a stream, which must have its API's proper end."""
+    lines = re.findall(r"^data: ?(.*)$", data, re.MULTILINE)
+    documents = [json.loads(line) for line in lines if line != "[DONE]"]
+    if path in (CHAT, COMPLETIONS):
+        assert lines[-1] == "[DONE]"
+        return said_in(documents)
+    last = documents[-1]
+    assert last["type"] == ("message_stop" if path == MESSAGES else "response.completed")
+    said = said_in(documents)
+    assert path == MESSAGES or said_in([last["response"]]) == said
+    return said
+
+
+def assert_answered(call: Recorded, body: dict[str, Any], response: http.client.HTTPResponse) -> None:
+    """The answer to one recorded request is whole, and as the client asked for it."""
+    data, path = response.read(), call.path.partition("?")[0]
+    assert response.status == 200, data
+    encoding = response.getheader("content-encoding", "identity")
+    assert encoding in (*call.headers.get("accept-encoding", "").split(", "), "identity")
+    text = (gzip.decompress(data) if encoding == "gzip" else data).decode()
+    if body.get("stream"):
+        assert response.getheader("content-type", "").startswith("text/event-stream")
+        found: Any = said_in_stream(path, text)
+    elif call.method == "POST":
+        assert response.getheader("content-type", "").startswith("application/json")
+        answer = json.loads(text)
+        reading = {COUNT: lambda: answer["input_tokens"], EMBEDDINGS: lambda: [r["embedding"] for r in answer["data"]]}
+        found = reading.get(path, lambda: said_in([answer]))()
+    else:
+        assert (call.path, text) == ("/", "") or '"gpt"' in text
+        return
+    assert found == expected_of(path, body)
+
+
+def expected_of(path: str, body: dict[str, Any]) -> Any:
+    """What is to be read out of the answer."""
+    if path == COUNT:
+        return json.loads(COUNTED)["input_tokens"]
+    if path == EMBEDDINGS:
+        return [VECTOR_TEXT if body.get("encoding_format") == "base64" else VECTOR] * len(body["input"])
+    said = json.dumps(body)
+    return CALLED if ASKS_FOR_THE_TOOL in said and TELLS_THE_RESULT not in said else ("hello", "", {})
+
+
+@pytest.mark.parametrize(
+    ("mode", "call"),
+    [
+        pytest.param(
+            *(mode, call),
+            id=f"{mode}-{call}",
+            marks=pytest.mark.xfail(reason=call.defect) if call.defect and mode == "binary" else (),
+        )
+        for mode in ("sdk", "binary")
+        for call in RECORDED
+    ],
+)
+def test_what_a_client_was_recorded_to_send(
+    request: pytest.FixtureRequest, provider: Provider, mode: str, call: Recorded
+) -> None:
+    provider.script = recorded_script
+    running: Proxy = request.getfixturevalue(mode)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)) as connection:
+        for body in call.bodies or [{}]:
+            data = json.dumps(body).encode() if call.method == "POST" else b""
+            connection.putrequest(call.method, call.path, skip_accept_encoding=True)
+            for name, value in {"user-agent": call.agent, **call.headers}.items():
+                connection.putheader(name, value)
+            if data:
+                connection.putheader("content-type", "application/json")
+                connection.putheader("content-length", str(len(data)))
+            connection.endheaders(data)
+            response = connection.getresponse()
+            if call.upgraded:
+                assert response.status == {"sdk": 426, "binary": 101}[mode]
+            else:
+                assert_answered(call, body, response)
+    memories = {got.header("x-sm-user-id") for got in provider.got if got.method == "POST"}
+    # LiteLLM's server sends no client header along with a count of tokens.
+    counts_without_memory = mode == "binary" and call.path.startswith(COUNT)
+    assert memories == ({None if counts_without_memory else call.memory} if call.method == "POST" else set())
 
 
 # ── the clients command ──────────────────────────────────────────────────────────────────────────────────────────
@@ -5471,14 +5955,13 @@ def failure_of(client: RealClient, base: str, provider: Provider, calls_tool: bo
 
 def client_rows(mode: str, provider: Provider) -> Iterator[tuple[list[str], list[str]]]:
     """For each client its row of the table, and what failed."""
-    shipped = yaml.safe_load((HERE / "config.yaml").read_text())["user_id_mappings"]
     models = (
         model("gpt-*", "openai/gpt-*", f"{provider.url}/v1"),
         model("claude-*", "anthropic/claude-*", provider.url, ANTHROPIC_KEY),
     )
     port = ["--litellm-port", str(free_port())] if mode == "binary" else []
     progress(f"starting the proxy in {mode} mode")
-    running = Proxy(config_for(provider, *models, user_id_mappings=shipped), "--mode", mode, *port)
+    running = Proxy(config_for(provider, *models), "--mode", mode, *port)
     try:
         for client in CLIENT_SETUPS:
             results, failures, requests = [], [], 0
