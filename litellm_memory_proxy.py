@@ -2458,6 +2458,7 @@ class Bridge:
 # level lower, at the one method through which every request of an httpx transport goes out, LiteLLM's own included.
 
 CHALLENGE_STATUS = (403, 429, 503)  # with a web page, or a header that says so; a provider's own JSON 429 is none
+SIGNS_OF_LIFE = re.compile(rb'(?:(?::[^\r\n]*|event: ?ping|data: ?\{"type": ?"ping"[^\r\n]*)?\r?\n)*')
 PROOF_COOKIE = "memory-proxy-proof"
 MAX_EXPIRES = 253402300799  # seconds since the epoch, the end of the year 9999: cookielib cannot write later ones
 
@@ -2467,8 +2468,8 @@ class Exchange:
     """What the session saw while it served one client request; of several attempts, the last.
 
     ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
-    failed; ``status`` and ``headers`` are of an answer that came, ``heard`` says whether a byte of its body came too,
-    and ``body`` is its body where it was an error.
+    failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where it was an error.
+    ``alive``: some of the answer's body came; ``heard``: more of it than the comments and pings of a stream.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request, for routes on which LiteLLM sends none of a client's.
     """
@@ -2478,6 +2479,7 @@ class Exchange:
     host: str = ""
     status: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
+    alive: bool = False
     heard: bool = False
     body: bytes = b""
     fault: Exception | None = None
@@ -2486,13 +2488,19 @@ class Exchange:
 
     def begin(self, host: str) -> None:
         """A request goes out: what an earlier attempt saw is forgotten."""
-        self.sent, self.host, self.status, self.heard = self.sent + 1, host, None, False
+        self.sent, self.host, self.status = self.sent + 1, host, None
+        self.alive = self.heard = False
         self.headers, self.body, self.fault, self.challenged = (), b"", None, False
 
     def answered(self, response: httpx.Response) -> None:
         """An answer came in; of an error, the body has been read."""
         self.status, self.headers = response.status_code, tuple(response.headers.multi_items())
         self.body = response.content if response.status_code >= 400 else b""
+
+    def hear(self, data: bytes) -> None:
+        """A piece of the answer's body came in."""
+        self.alive = True
+        self.heard = self.heard or not SIGNS_OF_LIFE.fullmatch(data)
 
     @property
     def failed(self) -> bool:
@@ -2712,7 +2720,7 @@ class Session:
 
 
 def watched_body() -> Callable[[Any, Exchange], Any]:
-    """The class of bodies that tell the exchange of their first byte, and of the fault that ends them early."""
+    """The class of bodies that tell the exchange what comes in, and the fault that ends them early."""
     import httpx
 
     class WatchedAnswer(httpx.AsyncByteStream, httpx.SyncByteStream):
@@ -2722,13 +2730,13 @@ def watched_body() -> Callable[[Any, Exchange], Any]:
         async def __aiter__(self) -> AsyncIterator[bytes]:
             with self._faults():
                 async for data in self._stream:
-                    self._exchange.heard = True
+                    self._exchange.hear(data)
                     yield data
 
         def __iter__(self) -> Iterator[bytes]:
             with self._faults():
                 for data in self._stream:
-                    self._exchange.heard = True
+                    self._exchange.hear(data)
                     yield data
 
         async def aclose(self) -> None:
@@ -3186,14 +3194,13 @@ def find_destination(path: str) -> Destination | None:
 
 
 OWN_EVENTS = 2  # the most that LiteLLM makes before it asks the provider: response.created and in_progress in 1.100
-SIGNS_OF_LIFE = re.compile(rb'(?:(?::[^\n]*|event: ?ping|data: ?\{"type": ?"ping"[^\n]*)?\n)*')
 
 
 class Opening:
     """The beginning of a stream, held back until it is certain that the answer comes from here.
 
     The head leaves with the first event that the provider has caused: until then an error has a status of its own, and
-    another backend may answer. What does not count: the events that LiteLLM makes before the provider has sent a byte,
+    another backend may answer. What does not count: the events that LiteLLM makes before the provider has sent one,
     and comments and pings, behind which an answer may still fail to come. They keep a slow stream alive, though: where
     the provider has sent something, what is held goes out after `HOLD_SECONDS`, and all that follows at once.
 
@@ -3213,11 +3220,8 @@ class Opening:
             await self._channel.put(data)
             return
         self._held.append(data)
-        if self._exchange.sent:
-            caused = self._exchange.heard and not SIGNS_OF_LIFE.fullmatch(data)
-        else:  # from a cache, or by a client of its own that the session does not see
-            caused = len(self._held) > OWN_EVENTS
-        if caused:
+        # A stream from a cache, or by a client that the session does not see, is known by its length alone.
+        if self._exchange.heard or (not self._exchange.sent and len(self._held) > OWN_EVENTS):
             self._go()
         elif self._timer is None:
             self._wait()
@@ -3233,7 +3237,7 @@ class Opening:
         self._timer = self._channel.loop.call_later(HOLD_SECONDS, self._look)
 
     def _look(self) -> None:
-        if self._exchange.heard and not good_page(self._exchange):
+        if self._exchange.alive and not good_page(self._exchange):
             self._go()
         else:
             self._wait()
