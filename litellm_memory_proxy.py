@@ -1441,6 +1441,12 @@ class LoggingHandler(logging.Handler):
         self._log.event(record.levelname, record.name, "message", message=" ".join(text.split()))
 
 
+def take_in_logging(log: Log) -> None:
+    """Bring what libraries say by Python's logging and warnings into our log: it would stand beside it otherwise."""
+    logging.getLogger().addHandler(LoggingHandler(log))
+    logging.captureWarnings(True)
+
+
 class Usage(NamedTuple):
     """What one call consumed: tokens in and out, and LiteLLM's figure of its cost; None where nobody said."""
 
@@ -7553,6 +7559,7 @@ def serve(arguments: argparse.Namespace) -> int:
     settings = settle(arguments, config)
     refuse_open_bind(settings, config)
     log = make_log(arguments, config)
+    take_in_logging(log)
     for warning in config.warnings:
         log.event("WARNING", "config", "warning", message=str(warning))
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -4932,6 +4932,13 @@ def test_an_open_address_asks_for_the_key_but_for_health(provider: Provider) -> 
     assert running.stop() == 0
 
 
+def test_warnings_of_python_break_no_log_of_json_lines(provider: Provider) -> None:
+    arguments = ("--mode", "binary", "--litellm-url", provider.url)
+    running = Proxy(config_for(provider), *arguments, PYTHONWARNINGS="default")
+    assert running.chat().status_code == 200 and running.stop() == 0
+    assert all(line.startswith(("ready: ", "{")) for line in running.lines), running.output
+
+
 def test_an_unusable_log_level_is_one_clear_line(shared_provider: Provider) -> None:
     running = Proxy(config_for(shared_provider), wait=False, LOG_LEVEL="trace")
     assert running.process.wait(20) == 2
