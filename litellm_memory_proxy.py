@@ -4133,16 +4133,23 @@ def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
     if not isinstance(result, dict):
         named = model and getattr(result, "model", None)
         copy = result.model_copy(update={"model": model}) if named else result
-        # OpenAI's schema demands the nulls of a response, and the content of a chat's message beside tool calls.
-        bare = getattr(result, "object", None) != "response"
+        bare = getattr(result, "object", None) != "response"  # OpenAI's schema demands the nulls of a response
         answer = copy.model_dump(mode="json", exclude_none=bare, by_alias=True)
-        for choice in answer.get("choices") or ():
-            choice.get("message", {}).setdefault("content", None)
+        for choice, source in zip(answer.get("choices") or (), getattr(result, "choices", ()), strict=False):
+            keep_nulls(choice, source)
         return "application/json", json.dumps(answer).encode()
     document = {key: value for key, value in result.items() if key != "_hidden_params"}
     if document.get("type") == "error":
         raise event_error(b"data:" + json.dumps(document).encode())
     return "application/json", json.dumps({**document, "model": model} if "model" in document else document).encode()
+
+
+def keep_nulls(choice: dict[str, Any], source: Any) -> None:
+    """Put back the nulls of a choice that OpenAI's schema demands, where LiteLLM has the field: as its server does."""
+    message, said = choice.get("message", {}), getattr(source, "message", None)
+    for part, holder, name in ((choice, source, "logprobs"), (message, said, "content"), (message, said, "refusal")):
+        if hasattr(holder, name):
+            part.setdefault(name, None)
 
 
 # ── binary backend ───────────────────────────────────────────────────────────────────────────────────────────────
