@@ -2067,6 +2067,17 @@ def response_framing(method: str, status: int, headers: Headers) -> int:
     return int(length)
 
 
+def too_large(limit: int) -> ProxyError:
+    """The 413 of a request body over this many bytes."""
+    return ProxyError(413, f"the request body is over {limit / (1024 * 1024):g} MiB (--max-body-mb)")
+
+
+def refuse_large(body: Body) -> None:
+    """Raises ProxyError 413 for a body that says itself that it is too large: before any of it is asked for."""
+    if body.framing > body.limit:
+        raise too_large(body.limit)
+
+
 class Reader:
     """Buffered input of one connection.
 
@@ -4956,8 +4967,7 @@ class Failover:
         sdk, binary = self._sdk.health(), self._binary.health()
         rows = {**sdk, **binary}
         if (closed and is_well(sdk)) or is_well(binary):
-            ill = {name: row for name, row in rows.items() if row["status"] == "unhealthy"}
-            rows.update({name: {**row, "status": "degraded"} for name, row in ill.items()})
+            rows = softened(rows)
         rows["circuit_breaker"] = {
             "status": "healthy" if closed else "degraded",
             "state": breaker.state.name.lower(),
@@ -4965,6 +4975,12 @@ class Failover:
             "trips": breaker.trips,
         }
         return rows
+
+
+def softened(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows of a side that is not the only way: what is ill there is no more than a weakness."""
+    ill = {name: {**row, "status": "degraded"} for name, row in rows.items() if row["status"] == "unhealthy"}
+    return {**rows, **ill}
 
 
 def is_well(rows: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -5167,6 +5183,11 @@ class Serving:
     sides: Mapping[str, Backend] = field(default_factory=dict)
     in_flight: InFlight = field(default_factory=InFlight)
 
+    def health(self) -> dict[str, dict[str, Any]]:
+        """The rows of every side for ``/health``; an ill one that serves but some clients is a weakness."""
+        others = (softened(side.health()) for side in self.sides.values() if side is not self.primary)
+        return {**{name: row for rows in others for name, row in rows.items()}, **self.primary.health()}
+
     def backend(self, route: Route) -> Backend:
         """The backend for a request with this route."""
         wanted = route.pattern.mode if route.pattern else None
@@ -5199,8 +5220,8 @@ class Application:
     On an address that is not loopback, own endpoints need the master key.
     """
 
-    def __init__(self, serving: Serving, metrics: Metrics, log: Log, access: Access) -> None:
-        self.serving = serving  # replaced as a whole; a request under way keeps the one that it began with
+    def __init__(self, metrics: Metrics, log: Log, access: Access) -> None:
+        self.serving: Serving  # set before the first request, and replaced as a whole: one under way keeps its own
         self._metrics, self._log, self._access = metrics, log, access
         self._reported: set[str] = set()  # patterns whose invalid ids were logged
         self._own = {
@@ -5276,6 +5297,7 @@ class Application:
     def _answer_model(self, record: Record) -> Response:
         record.backend = record.serving.primary.name
         record.route = self._route(record)
+        refuse_large(record.request.body)
         backend = record.serving.backend(record.route)
         record.backend = backend.name
         if backend.name == "sdk":  # LiteLLM's server checks keys itself: it knows its virtual ones too
@@ -5374,7 +5396,7 @@ class Application:
             "configuration": {"status": "healthy", "model_count": len(config.model_names)},
             "memory_router": {"status": "healthy", "pattern_count": len(config.mappings.patterns)},
             "memory_service": {"status": "degraded" if self._metrics.memory_degraded else "healthy"},
-            **record.serving.primary.health(),
+            **record.serving.health(),
         }
         worst = max((row["status"] for row in checks.values()), key=("healthy", "degraded", "unhealthy").index)
         document = {"status": worst, "timestamp": timestamp(), "checks": checks}
@@ -5474,15 +5496,13 @@ class ClientBody:
         if self._data is not None:
             yield self._data
             return
-        if self.framing > self.limit:
-            raise self._too_large()
         if self._ask:
             self._ask()
         size = 0
         for piece in self._reader.body(self.framing):
             size += len(piece)
             if size > self.limit:
-                raise self._too_large()
+                raise too_large(self.limit)
             yield piece
         self.finished = True
 
@@ -5491,9 +5511,6 @@ class ClientBody:
         if self._data is None:
             self._data = b"".join(self.pieces())
         return self._data
-
-    def _too_large(self) -> ProxyError:
-        return ProxyError(413, f"the request body is over {self.limit / (1024 * 1024):g} MiB (--max-body-mb)")
 
 
 def reason_phrase(status: int) -> str:
@@ -5761,7 +5778,12 @@ class Front(http.server.ThreadingHTTPServer):
         self._refused: list[tuple[socket.socket, float]] = []  # each with when it is dropped; for one thread
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(address, Handler)
+        super().__init__(address, Handler, bind_and_activate=False)
+        try:
+            self.server_bind()
+        except BaseException:
+            self.server_close()
+            raise
         self._thread = threading.Thread(
             target=self.serve_forever, args=(ACCEPT_SECONDS,), name=f"front {address[1]}", daemon=True
         )
@@ -5806,7 +5828,8 @@ class Front(http.server.ThreadingHTTPServer):
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Accept connections from now on."""
+        """Accept connections from now on; until then they are refused."""
+        self.server_activate()
         self._thread.start()
 
     def drain(self) -> None:
@@ -5951,6 +5974,9 @@ class Program:
     def start(self) -> None:
         """Bring everything up and print the ``ready:`` lines; raises StartError."""
         settings, config = self._settings, self._sides.config
+        plan = [("main", settings.port), *([("sdk", settings.sdk_port)] if settings.mode == "both" else [])]
+        for role, port in plan:  # first of all: a port that is taken is not to be found out after LiteLLM was loaded
+            self._fronts.append((role, self._front(port)))
         server = LitellmServer(config, settings.litellm_port, self._log) if settings.needs_server else None
         if server:
             server.start()
@@ -5962,11 +5988,9 @@ class Program:
             sdk = SdkBackend(config, self._runtime)
             self._runtime.bridge.run(self._runtime.prove_cookies())
         self._install(Sides(config, settings.primary_side(config), sdk, self._binary(config, server), server))
-        plan = [("main", settings.port), *([("sdk", settings.sdk_port)] if settings.mode == "both" else [])]
-        for role, port in plan:
-            self._fronts.append((role, self._front(role, port)))
         for _, front in self._fronts:
-            front.start()
+            with listening(settings.host, front.server_port):
+                front.start()
         if server and self._sides.primary == "binary":
             server.wait(self._stopped)
         if self._stopped():
@@ -5983,14 +6007,11 @@ class Program:
         url = server.url if server else self._settings.litellm_url
         return BinaryBackend(config, Pool(Upstream(url)), server) if url else None
 
-    def _front(self, role: str, port: int) -> Front:
+    def _front(self, port: int) -> Front:
         settings = self._settings
-        application = Application(self._for_front(role), self._metrics, self._log, settings.access)
-        try:
+        application = Application(self._metrics, self._log, settings.access)
+        with listening(settings.host, port):
             return Front((settings.host, port), application, self._log, settings.limits)
-        except (OSError, OverflowError) as error:
-            said = f"cannot listen on {settings.host}:{port}: {error.args[-1]}; another --port may be free"
-            raise StartError(said) from None
 
     def _install(self, new: Sides) -> Sides:
         """Serve the next requests by these sides; returns those before."""
@@ -6198,6 +6219,16 @@ class Program:
             self._runtime.close()
         for server in filter(None, (sides.server, coming)):
             server.stop()
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[None]:
+    """Raises StartError where the address cannot be listened on."""
+    try:
+        yield
+    except (OSError, OverflowError) as error:
+        said = f"cannot listen on {host}:{port}: {error.args[-1]}; another --port may be free"
+        raise StartError(said) from None
 
 
 BREAKER_NEWS = {
