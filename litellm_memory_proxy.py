@@ -81,7 +81,17 @@ import warnings
 import zlib
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -3033,6 +3043,11 @@ def event_error(event: bytes) -> ProxyError:
 
 async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """LiteLLM's events of a response as OpenAI's; those that carry the response name the model as the client does."""
+    if not hasattr(stream, "__aiter__"):  # mock_response knows no streams in this API
+        tally.add(stream.usage)
+        for event in mocked_events(stream.model_copy(update={"model": model}).model_dump(mode="json")):
+            yield sse_event(json.dumps(event), event["type"])
+        return
     async for part in stream:
         response: Any = getattr(part, "response", None)
         tally.add(getattr(response, "usage", None))
@@ -3041,6 +3056,26 @@ async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterato
         yield sse_event(
             part.model_dump_json(exclude_none=True, exclude_unset=True), str(getattr(part.type, "value", part.type))
         )
+
+
+def mocked_events(response: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The events of a response that is one message with one text."""
+    (item,) = response["output"]
+    (part,) = item["content"]
+    in_item: dict[str, Any] = {"output_index": 0}
+    in_part = {**in_item, "item_id": item["id"], "content_index": 0}
+    events: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("created", {"response": {**response, "status": "in_progress", "output": []}}),
+        ("output_item.added", {**in_item, "item": {**item, "status": "in_progress", "content": []}}),
+        ("content_part.added", {**in_part, "part": {**part, "text": ""}}),
+        ("output_text.delta", {**in_part, "delta": part["text"]}),
+        ("output_text.done", {**in_part, "text": part["text"]}),
+        ("content_part.done", {**in_part, "part": part}),
+        ("output_item.done", {**in_item, "item": item}),
+        ("completed", {"response": response}),
+    )
+    for number, (kind, said) in enumerate(events):
+        yield {"type": f"response.{kind}", "sequence_number": number, **said}
 
 
 def speech_answer(result: Any, _model: str) -> tuple[str, bytes]:
@@ -4144,23 +4179,18 @@ def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
     if not isinstance(result, dict):
         named = model and getattr(result, "model", None)
         copy = result.model_copy(update={"model": model}) if named else result
-        bare = getattr(result, "object", None) != "response"  # OpenAI's schema demands the nulls of a response
+        # OpenAI's schema demands the nulls of a response, and some of a chat's.
+        bare = getattr(result, "object", None) != "response"
         answer = copy.model_dump(mode="json", exclude_none=bare, by_alias=True)
-        for choice, source in zip(answer.get("choices") or (), getattr(result, "choices", ()), strict=False):
-            keep_nulls(choice, source)
+        for choice in answer.get("choices") or ():
+            choice.setdefault("logprobs", None)
+            if "message" in choice:
+                choice["message"] = {"content": None, "refusal": None, **choice["message"]}
         return "application/json", json.dumps(answer).encode()
     document = {key: value for key, value in result.items() if key != "_hidden_params"}
     if document.get("type") == "error":
         raise event_error(b"data:" + json.dumps(document).encode())
     return "application/json", json.dumps({**document, "model": model} if "model" in document else document).encode()
-
-
-def keep_nulls(choice: dict[str, Any], source: Any) -> None:
-    """Put back the nulls of a choice that OpenAI's schema demands, where LiteLLM has the field: as its server does."""
-    message, said = choice.get("message", {}), getattr(source, "message", None)
-    for part, holder, name in ((choice, source, "logprobs"), (message, said, "content"), (message, said, "refusal")):
-        if hasattr(holder, name):
-            part.setdefault(name, None)
 
 
 # ── binary backend ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -6767,6 +6797,7 @@ THINKING = {**CAPPED, "thinking": {"type": "enabled", "budget_tokens": 1024}}
 SAMPLED = {**HELLO, "temperature": 0.25, "max_tokens": 33}
 BETA = {"anthropic-beta": "context-1m-2025-08-07"}
 WRONG_KEY = {"Authorization": "Bearer sk-parity-wrong-key"}
+NO_KEY = {"Authorization": None}
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 GPT, CLAUDE, LIMITED, UNREACHABLE_MODEL = "parity-openai", "parity-anthropic", "parity-limited", "parity-unreachable"
 
@@ -6778,6 +6809,7 @@ class Feature:
     Args:
         model: of the provider inside; "" where the request calls none.
         body: None makes it a GET.
+        headers: beside those that every request has; None takes one of those away.
         inside: whether it says nothing new with a real model.
     """
 
@@ -6785,7 +6817,7 @@ class Feature:
     path: str
     model: str = ""
     body: Mapping[str, Any] | bytes | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str | None] = field(default_factory=dict)
     inside: bool = False
 
 
@@ -6813,6 +6845,8 @@ FEATURES = (
     Feature("unknown model, messages", MESSAGES, body={"model": "parity-unknown", **CAPPED}),
     Feature("bad key, chat", CHAT, GPT, HELLO, WRONG_KEY),
     Feature("bad key, messages", MESSAGES, CLAUDE, CAPPED, WRONG_KEY),
+    Feature("no key, chat", CHAT, GPT, HELLO, NO_KEY),
+    Feature("no key, messages", MESSAGES, CLAUDE, CAPPED, NO_KEY),
     Feature("unknown path", "/v1/no-such-path"),
     Feature("wrong method", MESSAGES),
     Feature("thinking", MESSAGES, CLAUDE, THINKING),
@@ -6843,7 +6877,8 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
     ("*", "header retry-after only in sdk*", "Retry-After is kept in sdk mode"),
     ("*", "*[._]id: *", "ids are made anew"),
     ("*", "*created*: *", "timestamps"),
-    ("embeddings", "body.usage.*_details only in binary*", "LiteLLM adds keys of its own, which no client reads"),
+    ("*", "body.choices.0.*only in sdk: None", "OpenAI's schema has these nulls, LiteLLM's server not always"),
+    ("embeddings*", "body.usage.*_details only in binary*", "LiteLLM adds keys of its own, which no client reads"),
     ("health", "*timestamp: *", "timestamps"),
     ("health", "body.checks.litellm_server*", "only binary mode has a server"),
     ("health", "body.checks.session_manager*", "only sdk mode has cookies"),
@@ -6851,18 +6886,30 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
     ("count_tokens*", "body.litellm_*only in binary*", "LiteLLM adds keys of its own, which no client reads"),
     ("count_tokens*", "provider: header x-*only in sdk*", "LiteLLM's server sends no client header with it: no memory"),
     ("count_tokens, GPT", "provider: body input*", "the SDK counts Anthropic's messages as they are"),
-    ("responses, streamed", "events: nameless*", "sdk mode names its events, as OpenAI does"),
-    ("responses, streamed", "[[]DONE]*", "LiteLLM's server ends it with [DONE], which OpenAI does not"),
-    ("responses, streamed", "nameless*", "sdk mode names its events, as OpenAI does"),
-    ("responses, streamed", "response.*only in sdk*", "sdk mode names its events, as OpenAI does"),
+    ("responses, streamed*", "events: nameless*", "sdk mode names its events, as OpenAI does"),
+    ("responses, streamed*", "[[]DONE]*", "LiteLLM's server ends it with [DONE], which OpenAI does not"),
+    ("responses, streamed*", "nameless*", "sdk mode names its events, as OpenAI does"),
+    ("responses, streamed*", "response.*only in sdk*", "sdk mode names its events, as OpenAI does"),
     ("provider's 429*", "provider: calls: * / 1", "sdk mode tries a lone deployment once: clients retry by themselves"),
     ("provider's 429*", "body.request_id only in binary*", "LiteLLM adds keys of its own, which no client reads"),
     ("bad *", "*error*", "sdk mode answers in the dialect, and more clearly"),
     ("bad *", "body.type*", "sdk mode answers in the dialect, and more clearly"),
     ("bad key*", "status: 400 / 401", "401 in the dialect"),
+    ("no key*", "status: 500 / 401", "401 in the dialect"),
+    ("no key*", "content type: text/plain / application/json", "401 in the dialect"),
+    ("no key*", "body* only in sdk*", "401 in the dialect"),
     ("unknown *", "body*", "sdk mode answers in the dialect, and more clearly"),
     ("wrong method", "body*", "sdk mode answers in the dialect, and more clearly"),
     ("provider's 429*", "body*error*", "the provider's own words are kept in sdk mode"),
+    (
+        "*streamed*(mock_response)",
+        "content type: application/json / *",
+        "LiteLLM's server streams no mock_response here",
+    ),
+    ("*streamed*(mock_response)", "* only in *", "LiteLLM's server streams no mock_response here"),
+    ("responses, streamed*(mock_response)", "status: 500 / 200", "LiteLLM's server streams no mock_response here"),
+    ("count_tokens*(mock_response)", "status: * / 200", "LiteLLM's server asks a provider, which a mock does not have"),
+    ("count_tokens*(mock_response)", "body*", "LiteLLM's server asks a provider, which a mock does not have"),
     ("provider unreachable", "status: 500 / 502", "502 for connection faults"),
     ("provider unreachable", "body*error*", "502 for connection faults"),
 )
@@ -7177,7 +7224,8 @@ def ask_mode(url: str, feature: Feature, headers: Mapping[str, str]) -> Answer:
     body = json.dumps({**named, **feature.body}) if isinstance(feature.body, Mapping) else feature.body
     connection = http.client.HTTPConnection(parts.netloc, timeout=REQUEST_SECONDS)
     try:
-        connection.request("GET" if body is None else "POST", feature.path, body, {**headers, **feature.headers})
+        sent = {name: value for name, value in {**headers, **feature.headers}.items() if value is not None}
+        connection.request("GET" if body is None else "POST", feature.path, body, sent)
         response = connection.getresponse()
         got = {name.lower(): value for name, value in response.getheaders()}
         return Answer(response.status, got.get("content-type", "").partition(";")[0], got, response.read())
@@ -7296,11 +7344,13 @@ def verdict(feature: str, found: Iterable[str]) -> str:
 DIFFERENT = "DIFFERENT"
 
 
-def real_features(names: Sequence[str]) -> Iterator[Feature]:
-    """The rows for real models: each that calls a model once for each of these names."""
+def real_features(names: Sequence[str], mocked: Collection[str]) -> Iterator[Feature]:
+    """The rows for models of the config: each that calls a model once for each of these names; mocks are marked."""
     for feature in FEATURES:
         if feature.model and not feature.inside:
-            yield from (replace(feature, name=f"{feature.name}, {name}", model=name) for name in names)
+            for name in names:
+                mark = " (mock_response)" if name in mocked else ""
+                yield replace(feature, name=f"{feature.name}, {name}{mark}", model=name)
         elif not feature.model:
             yield feature
 
@@ -7317,10 +7367,11 @@ def compare_modes(config: Config, models: Sequence[str]) -> list[tuple[str, ...]
     document = values_of(read_nodes(config.path, []))
     key = config.master_key or f"sk-parity-{random.getrandbits(128):032x}"
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "x-request-id": "parity"}
+    mocked = {one["model_name"] for one in config.document["model_list"] if one["litellm_params"].get("mock_response")}
     rows = []
     received: list[Received] = []
     with loopback_server(InsideHandler, received) as url:
-        features = list(real_features(models)) if models else FEATURES
+        features = list(real_features(models, mocked)) if models else FEATURES
         with both_modes(document if models else inside_config(document, url), key) as urls:
             patience = Patience()
             for number, feature in enumerate(features):

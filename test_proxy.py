@@ -1521,6 +1521,9 @@ def test_both_dialects_reach_both_providers(sdk: Proxy, provider: Provider, path
     assert response.status_code == 200 and response.headers["content-type"] == "application/json", response.text
     answer = response.json()
     assert text_of(path, answer) == "hello" and answer["model"] == name
+    if path == CHAT:
+        (choice,) = answer["choices"]
+        assert (choice["logprobs"], choice["message"]["refusal"]) == (None, None), "OpenAI's schema demands the nulls"
     usage = answer["usage"]
     assert (usage.get("prompt_tokens", usage.get("input_tokens")), len(provider.got)) == (3, 1)
     assert "_hidden_params" not in answer
@@ -1793,12 +1796,12 @@ def test_models_are_listed(sdk: Proxy) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
 def test_the_demo_model_needs_no_provider(sdk: Proxy, provider: Provider, path: str, stream: bool) -> None:
     response = sdk.post(path, body_for(path, "demo", stream=stream))
-    assert response.status_code == 200 and "hi" in response.text and not provider.got
-    if stream:
-        assert events_of(response)[-1][0 if path.endswith("messages") else 1] in ("message_stop", "[DONE]")
+    assert response.status_code == 200 and not provider.got
+    said = said_in_stream(path, response.text) if stream else said_in([response.json()])
+    assert said == ("hi", "", {})
 
 
 HANG_UPS = [
@@ -4784,14 +4787,26 @@ def test_load_prints_lines_where_there_is_no_terminal(provider: Provider, tmp_pa
 # ── parity ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_both_modes_answer_alike(tmp_path: Path) -> None:
-    config = write_config(tmp_path, yaml.safe_load((HERE / "config.yaml").read_text()))
-    line = [sys.executable, str(MODULE), "parity", "--config", config]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=240, env=clean_environment())
+def run_parity(tmp_path: Path, *arguments: str, **sections: Any) -> subprocess.CompletedProcess[str]:
+    """The command with the shipped config, and these sections in place of its own."""
+    config = write_config(tmp_path, {**yaml.safe_load((HERE / "config.yaml").read_text()), **sections})
+    line = [sys.executable, str(MODULE), "parity", "--config", config, *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=240, env=clean_environment())
+
+
+@pytest.mark.parametrize(("arguments", "count"), [((), 47), (("--model", "demo"), 36)], ids=["inside", "demo"])
+def test_both_modes_answer_alike(tmp_path: Path, arguments: tuple[str, ...], count: int) -> None:
+    done = run_parity(tmp_path, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    *rows, last = done.stdout.splitlines()
-    assert last == f"{len(rows) - 1} features, 0 differences" and len(rows) > 40
+    assert done.stdout.splitlines()[-1] == f"{count} features, 0 differences"
     assert not list(tmp_path.glob("*.pid")), "it is not the proxy that runs with this config"
+
+
+def test_parity_finds_a_memory_that_one_mode_loses(tmp_path: Path) -> None:
+    done = run_parity(tmp_path, general_settings={})  # without forward_client_headers_to_llm_api
+    assert done.returncode == 1 and "0 differences" not in done.stdout
+    (row,) = re.findall("^  memory: PyCharm .*$", done.stdout, re.MULTILINE)
+    assert "DIFFERENT: provider: header x-" in row and "only in sdk" in row
 
 
 def test_parity_with_an_unusable_config_is_one_clear_line(tmp_path: Path) -> None:
