@@ -72,6 +72,7 @@ import socketserver
 import ssl
 import stat
 import string
+import struct
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,7 @@ import time
 import warnings
 import zlib
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -95,14 +96,14 @@ from collections.abc import (
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate, chain, groupby
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from queue import Full, Queue, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 from weakref import WeakSet
@@ -148,7 +149,7 @@ LITELLM_RETRIES = 2  # LiteLLM's default number of retries, each with the whole 
 STREAM_HIGH_BYTES = 256 * 1024  # a stream that is this far ahead of its client is held back ...
 STREAM_LOW_BYTES = 64 * 1024  # ... until the client has caught up to here
 HOLD_SECONDS = 10.0  # a stream of mere signs of life is held back; a connection cut at its start is cut before that
-WRITE_BYTES = 64 * 1024  # one send to a client, so that SEND_SECONDS measures progress
+WRITE_BYTES = 64 * 1024  # so much of a stream that lies ready goes out in one send
 
 TALKING_SECONDS = 0.5  # between two looks at a client whose next request already waits
 STALE_SECONDS = 0.5  # a pooled connection that closes this soon after a request had been closed before it
@@ -177,11 +178,14 @@ WINDOW_SECONDS = 600.0
 LOG_FILE_BYTES = 10 * 1024 * 1024  # of --log-file, before it is rotated ...
 LOG_FILES = 5  # ... to one of this many older ones
 MAX_LOG_LINES = 10_000  # waiting to be written
+LOG_PAUSE_SECONDS = 0.02  # between two writes: nobody sees it, and under load one write takes many lines
 LOG_FLUSH_SECONDS = 1.0  # at the end, for whoever reads our output
 MAX_MODEL = 200  # characters of a model's name in log and metrics
 MAX_COST = 1e6  # US dollars of one call; a larger figure is none
 MAX_TOKENS = 10**12  # of one call; a larger figure is none
-SWITCH_SECONDS = 0.001  # a thread may hold the interpreter; at 200 streams /health waits a fifth of the default 0.005
+# A thread may hold the interpreter for so long beside the SDK's loop: at 200 streams /health waits a fifth of what it
+# does with the default of 0.005. Forwarding alone keeps the default: with less, 16 clients get a third fewer answers.
+SWITCH_SECONDS = 0.001
 OWN = "own"  # the backend, in log and metrics, of the endpoints that are our own
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1110,8 +1114,7 @@ def secrets_in(value: Any, key: str = "") -> Iterator[str]:
 # header, then the first pattern that matches, then the default.
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """The memory of one request, and why.
 
     ``pattern`` is the one that matched; ``invalid`` are (pattern, id) pairs that matched with an unusable id;
@@ -1123,6 +1126,9 @@ class Route:
     custom: bool = False
     invalid: tuple[tuple[HeaderPattern, str], ...] = ()
     injected: tuple[tuple[str, str], ...] = ()
+
+
+NO_ROUTE = Route("")
 
 
 def route_request(headers: Headers, mappings: Mappings) -> Route:
@@ -1137,7 +1143,7 @@ def route_request(headers: Headers, mappings: Mappings) -> Route:
     conversation = next((value for value in given if CONVERSATION_ID.fullmatch(value)), None)
     if mappings.conversation_header and conversation:
         injected.append((mappings.conversation_header, conversation))
-    return replace(route, injected=tuple(injected))
+    return route._replace(injected=tuple(injected))
 
 
 def kept_back(mappings: Mappings) -> set[str]:
@@ -1320,6 +1326,7 @@ KEY_SHAPES = re.compile(
               ) (?! anything\b | \$[A-Z] ) [^\s"',}@\\]+
             | \bsk-[a-z0-9_-]{6,}"""
 )
+KEY_HINTS = ("bearer", "://", "key", "sk-")  # one of these is in every text that matches: few texts need the search
 REDACTED = "[redacted]"
 
 
@@ -1334,6 +1341,9 @@ class Redactor:
         """The text without its secrets."""
         if self._values:
             text = self._values.sub(REDACTED, text)
+        folded = text.casefold()
+        if not any(hint in folded for hint in KEY_HINTS):
+            return text
         return KEY_SHAPES.sub(lambda match: (match[1] or "") + REDACTED, text)
 
     def within(self, value: Any) -> Any:
@@ -1345,9 +1355,9 @@ class Redactor:
         return value if value is None or isinstance(value, bool | int | float) else self(str(value))
 
 
-def timestamp() -> str:
-    """Now, in UTC with milliseconds, as RFC 3339 writes it."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def timestamp(when: datetime | None = None) -> str:
+    """A time in UTC, by default now, with milliseconds as RFC 3339 writes it."""
+    return (when or datetime.now(timezone.utc)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def one_line(text: str) -> str:
@@ -1362,11 +1372,22 @@ class LogFile(RotatingFileHandler):
         """Say nothing: the standard handler prints a traceback on standard error."""
 
 
+class LogEvent(NamedTuple):
+    """One event as it waits to be written."""
+
+    time: datetime
+    level: str
+    component: str
+    name: str
+    said: Callable[[], str] | None
+    fields: Mapping[str, Any]
+
+
 class Log:
     """Writes events to one stream, a line each. Thread-safe.
 
-    The lines are written by a thread of their own, and those that nobody takes in time are dropped: a pipe that nobody
-    reads must not hold up a request.
+    The lines are formed and written by a thread of their own, and those that nobody takes in time are dropped: neither
+    the work nor a pipe that nobody reads holds up a request.
 
     Args:
         file: a path that gets every line too, as JSON, and is rotated.
@@ -1380,7 +1401,8 @@ class Log:
     ) -> None:
         self._stream, self._json, self.redact, self.level = stream, as_json, redact, level
         self._file: LogFile | None = None
-        self._lines: Queue[tuple[str, str]] = Queue(MAX_LOG_LINES)
+        self._events: deque[LogEvent] = deque()
+        self._waiting = threading.Event()  # there are events
         self._dropped = 0
         if file:
             try:
@@ -1389,53 +1411,66 @@ class Log:
                 raise StartError(f"--log-file {file}: {error.strerror}") from None
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
-    def event(self, level: str, component: str, event: str, *, said: str | None = None, **fields: Any) -> None:
-        """Write one event; ``said`` is what stands on a terminal in place of the fields."""
+    def event(
+        self, level: str, component: str, event: str, *, said: Callable[[], str] | None = None, **fields: Any
+    ) -> None:
+        """Write one event; ``said`` gives what stands on a terminal in place of the fields."""
         if getattr(logging, level) < self.level:
             return
-        as_json = self._as_json(level, component, event, fields) if self._json or self._file else ""
-        line = as_json if self._json else self._readable(level, f"{component}: {event}", said, fields)
-        try:
-            self._lines.put_nowait((line, as_json))
-        except Full:
+        if len(self._events) >= MAX_LOG_LINES:
             self._dropped += 1
+            return
+        self._events.append(LogEvent(datetime.now(timezone.utc), level, component, event, said, fields))
+        if not self._waiting.is_set():  # waking a thread costs more than an event
+            self._waiting.set()
 
     def _write(self) -> None:
         """The writing thread."""
-        while True:
-            line, as_json = self._lines.get()
+        while self._waiting.wait():
+            self._waiting.clear()
+            events = list(self._events)
             if self._file:
-                self._file.handle(logging.makeLogRecord({"msg": as_json}))
+                for event in events:
+                    self._file.handle(logging.makeLogRecord({"msg": self._as_json(event)}))
             dropped, self._dropped = self._dropped, 0
+            form = self._as_json if self._json else self._readable
             try:
-                self._stream.write(line + "\n")
+                self._stream.write("".join(form(event) + "\n" for event in events))
                 self._stream.flush()
             except (OSError, ValueError):  # whoever read our output is gone; the proxy goes on
                 pass
-            self._lines.task_done()
+            for _ in events:  # only now: `flush` waits for them
+                self._events.popleft()
             if dropped:
                 self.event("WARNING", "log", "dropped", message=f"{dropped} lines that nobody read in time are lost")
+            time.sleep(LOG_PAUSE_SECONDS)
 
     def flush(self, seconds: float = LOG_FLUSH_SECONDS) -> None:
         """Wait until every line is written, or for this long."""
         deadline = time.monotonic() + seconds
-        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+        while self._events and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def _as_json(self, level: str, component: str, event: str, fields: Mapping[str, Any]) -> str:
-        head = {"timestamp": timestamp(), "level": level, "component": component, "event": event}
-        return json.dumps({**head, **self.redact.within(dict(fields))}, default=str)
+    def _as_json(self, event: LogEvent) -> str:
+        head = {
+            "timestamp": timestamp(event.time),
+            "level": event.level,
+            "component": event.component,
+            "event": event.name,
+        }
+        fields = {name: self.redact.within(value) for name, value in event.fields.items()}  # the names are ours
+        return json.dumps({**head, **fields}, default=str)
 
-    def _readable(self, level: str, what: str, said: str | None, fields: Mapping[str, Any]) -> str:
-        known = {key: value for key, value in fields.items() if value is not None}
-        message = known.pop("message", None)
-        text = said or " ".join(
-            [
-                what if message is None else f"{what.partition(':')[0]}: {message}",
-                *(f"{k}={v}" for k, v in known.items()),
-            ]
+    def _readable(self, event: LogEvent) -> str:
+        known = {key: value for key, value in event.fields.items() if value is not None}
+        message = known.pop("message", event.name)
+        text = (
+            event.said()
+            if event.said
+            else " ".join([f"{event.component}: {message}", *(f"{k}={v}" for k, v in known.items())])
         )
-        line = f"{datetime.now():%H:%M:%S} {level.lower():<8} {text}".encode("utf-8", "replace").decode()
+        line = f"{event.time.astimezone():%H:%M:%S} {event.level.lower():<8} {text}"
+        line = line.encode("utf-8", "replace").decode()
         return self.redact(one_line(line))
 
 
@@ -1603,7 +1638,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, Counter[Labels]] = {}
+        self._counts: defaultdict[str, Counter[Labels]] = defaultdict(Counter)
         self._histograms = {name: Histogram() for name, (kind, _) in FAMILIES.items() if kind == "histogram"}
         self._known: dict[str, set[str]] = {"user_id": set(), "model": set()}
         self._in_flight = 0
@@ -1650,7 +1685,7 @@ class Metrics:
 
     def _count(self, name: str, amount: float | None, *labels: tuple[str, str]) -> None:
         if amount is not None:
-            self._counts.setdefault(name, Counter())[labels] += amount  # type: ignore[assignment]
+            self._counts[name][labels] += amount  # type: ignore[assignment]
 
     def samples(self) -> Figures:
         """Every figure but the histograms'."""
@@ -1850,6 +1885,7 @@ class CircuitBreaker:
 # parser would guess at is refused here, since a second parser behind us might guess otherwise (request smuggling).
 
 REQUEST_LINE = re.compile(rf"({FIELD_NAME.pattern}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+ABSOLUTE_TARGET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(/[^?#]*)?(\?[^#]*)?")
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 FIELD_LINES = re.compile(rf"(?:{FIELD_NAME.pattern}:[\t\x20-\x7e\x80-\xff]*(?:\r\n|$))*")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -1864,6 +1900,7 @@ HOP_BY_HOP = frozenset(
 # What no Connection header can make hop-by-hop: without them a body would be taken for another request.
 END_TO_END = frozenset("content-length content-type content-encoding host".split())
 NO_BODY_STATUS = (204, 304)
+FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 BODILESS = 0  # framings besides a length in bytes
 CHUNKED = -1
 UNTIL_CLOSE = -2
@@ -1883,8 +1920,8 @@ class Headers:
     @classmethod
     def parse(cls, lines: Sequence[str]) -> Headers:
         """From field lines that `FIELD_LINES` has accepted."""
-        split = (line.partition(":") for line in lines)
-        return cls((name, value.strip(" \t")) for name, _, value in split)
+        split = [line.partition(":") for line in lines]
+        return cls([(name, value.strip(" \t")) for name, _, value in split])
 
     def values(self, name: str) -> list[str]:
         """Every value of the fields of this (lower-case) name, in order."""
@@ -1896,12 +1933,14 @@ class Headers:
 
     def tokens(self, name: str) -> list[str]:
         """The comma-separated members of a field, in lower case."""
+        if name not in self._index:
+            return []
         return [token.strip(" \t").lower() for token in self.get(name).split(",") if token.strip(" \t")]
 
-    def end_to_end(self, drop: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
+    def end_to_end(self, drop: Iterable[str] = ()) -> list[tuple[str, str]]:
         """The fields that a proxy passes on: no hop-by-hop ones, none of the dropped (lower-case) names."""
         dropped = HOP_BY_HOP.union(set(self.tokens("connection")) - END_TO_END, drop)
-        return ((name, value) for name, value in self.fields if name.lower() not in dropped)
+        return [(name, value) for name, value in self.fields if name.lower() not in dropped]
 
 
 class Peer(Protocol):
@@ -1955,6 +1994,12 @@ class Request:
     def query(self) -> dict[str, str]:
         """The parameters of the target's query; of a name that stands twice, the last."""
         return dict(parse_qsl(self.target.partition("?")[2], keep_blank_values=True))
+
+    @cached_property
+    def is_form(self) -> bool:
+        """Whether the body is a form, such as an upload, and not JSON."""
+        given = self.headers.values("content-type")
+        return len(given) == 1 and given[0].partition(";")[0].strip().lower() in FORM_TYPES
 
     @property
     def upgrade(self) -> bool:
@@ -2030,7 +2075,7 @@ def parse_request(head: bytes) -> tuple[str, str, int, Headers]:
     headers = parse_fields(lines)
     if len(headers.values("host")) != 1 and not (minor == "0" and not headers.values("host")):
         raise ProxyError(400, "the request must have exactly one Host header")
-    absolute = re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(/[^?#]*)?(\?[^#]*)?", target)
+    absolute = ABSOLUTE_TARGET.fullmatch(target)
     if absolute:  # RFC 9112 §3.2.2: its host counts, whatever the Host header says
         target = (absolute[2] or "/") + (absolute[3] or "")
         headers = Headers((name, absolute[1] if name.lower() == "host" else value) for name, value in headers.fields)
@@ -2099,9 +2144,9 @@ class Reader:
         self._receive, self._buffer = receive, bytearray()  # cheap to take from the front of
 
     @property
-    def buffered(self) -> bool:
-        """Whether there are bytes that were received and not yet read."""
-        return bool(self._buffer)
+    def buffered(self) -> int:
+        """How many bytes were received and not yet read."""
+        return len(self._buffer)
 
     def fill(self) -> bool:
         """Receive once; False at the end of the input."""
@@ -4231,6 +4276,7 @@ class Upstream:
             self.fault = fault
             raise unavailable(fault) from None
         self.fault = None
+        connected.setblocking(False)  # who waits for it waits for the client too, and so by poll()
         return connected
 
     def glance(self) -> None:
@@ -4330,6 +4376,9 @@ CLOSED: int = getattr(select, "POLLRDHUP", select.POLLHUP)
 BAD_ANSWER = "the LiteLLM server's answer is malformed"
 
 
+NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
 class Stale(Exception):
     """A connection out of the pool was closed before the first byte of an answer: a new one may do."""
 
@@ -4346,18 +4395,27 @@ class Connection:
         self.sock, self._peer, self._timeout, self.reused = sock, peer, timeout, reused
         self.reader = Reader(self._receive)
         self.peek: tuple[int, str, int, Headers] | None = None  # a head that was read before its turn
-        self._answered = False
+        self._begun = self._answered = False
         self._sent_at = 0.0
-        sock.settimeout(timeout)
+        self._watched = 0  # events of the server's socket that `_poll` looks for
+        self._poll = select.poll()
+        client = peer.fileno()
+        if client >= 0:
+            self._poll.register(client, select.POLLIN | CLOSED)
 
     def _receive(self) -> bytes:
         """Wait for the server, and for the client to go away."""
-        if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):
-            self._wait(select.POLLIN)
-        try:
-            data = self.sock.recv(RECEIVE_BYTES)
-        except OSError:
-            data = b""
+        while True:
+            if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):
+                self._wait(select.POLLIN)
+            try:
+                data = self.sock.recv(RECEIVE_BYTES)
+                break
+            except NOT_NOW:
+                continue
+            except OSError:
+                data = b""
+                break
         if not data and not self._answered and self.reused and time.monotonic() - self._sent_at < STALE_SECONDS:
             raise Stale
         self._answered = True
@@ -4366,35 +4424,37 @@ class Connection:
     def _wait(self, events: int) -> int:
         """Wait until the server's socket is ready for one of these events; returns those that it is ready for."""
         deadline = time.monotonic() + self._timeout
-        poll = select.poll()
-        poll.register(self.sock, events)
-        client = self._peer.fileno()
-        if client >= 0:
-            poll.register(client, select.POLLIN | CLOSED)
+        if events != self._watched:
+            self._poll.register(self.sock, events)
+            self._watched = events
+        server, client = self.sock.fileno(), self._peer.fileno()
         while True:
-            ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+            ready = dict(self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
             if not ready:
                 raise ProxyError(504, f"the LiteLLM server sent nothing for {self._timeout:g} s")
-            if self.sock.fileno() in ready:
-                return ready[self.sock.fileno()]
+            if server in ready:
+                return ready[server]
             state = self._peer.state()
             if state == "gone":
                 raise ClientGone
             if state == "talking":  # its next request waits, and would wake us for ever: watch for its close alone
-                poll.modify(client, CLOSED)
+                self._poll.modify(client, CLOSED)
 
     def send(self, data: bytes) -> bool:
         """Send to the server; False where it answers or closes before it has taken everything. Raises ClientGone."""
         left = memoryview(data)
         early = 0 if isinstance(self.sock, ssl.SSLSocket) else select.POLLIN  # TLS has messages of its own
         while left:
-            if self._wait(select.POLLOUT | early) & ~select.POLLOUT:
+            if self._begun and self._wait(select.POLLOUT | early) & ~select.POLLOUT:
                 self._sent_at = time.monotonic()
                 if self._interim_only():
                     continue
                 return False
+            self._begun = True  # an unused connection takes the first bytes without being asked
             try:
                 left = left[self.sock.send(left[:RECEIVE_BYTES]) :]
+            except NOT_NOW:
+                continue
             except OSError:
                 self._sent_at = time.monotonic()
                 return False
@@ -4488,7 +4548,7 @@ class BinaryBackend:
         """
         if self.server and (reason := self.server.down()):
             raise unavailable(reason)
-        if request.body.framing and not is_form(request):
+        if request.body.framing and not request.is_form:  # LiteLLM's server takes all but forms for JSON
             data = request.body.read()
             request.model = model_named_in(data)
             refuse_smuggled_headers(data)
@@ -4534,19 +4594,24 @@ class BinaryBackend:
             return self._tunnel(connection, status, reason, headers)
         framing = response_framing(request.method, status, headers)
         keep = whole and minor == 1 and framing != UNTIL_CLOSE and "close" not in headers.tokens("connection")
-        fields = list(headers.end_to_end(("x-request-id", "content-length" if framing == CHUNKED else "")))
+        there = 0 < framing <= connection.reader.buffered
+        fields = headers.end_to_end(("x-request-id", "content-length" if there or framing == CHUNKED else ""))
         if framing == BODILESS:
             self._finish(connection, keep)
             return Response(status, fields, b"", reason=reason, bodiless=True)
-        body = AnswerBody(connection, framing, lambda whole: self._finish(connection, keep and whole))
         tally = Tally(known_cost=stated_cost(headers))
+        if there:  # the body came with its head: there is nothing to wait for
+            data = connection.reader.some(framing)
+            self._finish(connection, keep)
+            return Response(status, fields, data, reason=reason, tally=tally)
+        body = AnswerBody(connection, framing, lambda whole: self._finish(connection, keep and whole))
         return Response(status, fields, body, framing if framing > 0 else None, reason, tally=tally)
 
     def _send(self, connection: Connection, request: Request, head: bytes) -> bool:
         """Send head and body; False where the server answered before it had all of the body."""
         framing = request.body.framing
         # Only a form has not been read yet: of all else the client has long been told to go on.
-        if framing and is_form(request) and request.headers.tokens("expect") == ["100-continue"]:
+        if framing and request.is_form and request.headers.tokens("expect") == ["100-continue"]:
             if not connection.send(head) or not self._may_continue(connection, request):
                 return False
             head = b""
@@ -4594,6 +4659,7 @@ class BinaryBackend:
 
         def tunnel(client: socket.socket, head: bytes, early: bytes) -> None:
             try:
+                connection.sock.settimeout(None)
                 connection.sock.sendall(early)
                 client.sendall(head + (connection.reader.some(RECEIVE_BYTES) if connection.reader.buffered else b""))
                 pump(client, connection.sock)
@@ -4633,18 +4699,9 @@ def stated_cost(headers: Headers) -> float | None:
     return cost if 0 < cost < MAX_COST else None
 
 
-FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
-
-
-def is_form(request: Request) -> bool:
-    """Whether LiteLLM's server will read the body as a form, such as an upload: all else it takes for JSON."""
-    given = request.headers.values("content-type")
-    return len(given) == 1 and given[0].partition(";")[0].strip().lower() in FORM_TYPES
-
-
 def is_streamed(request: Request) -> bool:
     """Whether the body is sent on as it comes in, and not kept: a form that is large, or of unknown length."""
-    return is_form(request) and not 0 <= request.body.framing <= RECEIVE_BYTES
+    return request.is_form and not 0 <= request.body.framing <= RECEIVE_BYTES
 
 
 MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.){0,500}")')
@@ -4686,7 +4743,6 @@ def pump(left: socket.socket, right: socket.socket) -> None:
     """Copy bytes both ways until either side closes; neither direction waits for the other."""
     other = {left: right, right: left}
     waiting = {left: b"", right: b""}  # what the socket has not taken yet
-    not_now = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
     poll = select.poll()
     for sock in other:
         sock.setblocking(False)
@@ -4700,9 +4756,9 @@ def pump(left: socket.socket, right: socket.socket) -> None:
         poll.poll(0 if buffered else None)
         try:
             for sock, sink in other.items():
-                with contextlib.suppress(*not_now):
+                with contextlib.suppress(*NOT_NOW):
                     waiting[sock] = waiting[sock][sock.send(waiting[sock]) :] if waiting[sock] else b""
-                with contextlib.suppress(*not_now):
+                with contextlib.suppress(*NOT_NOW):
                     if not waiting[sink]:
                         waiting[sink] = sock.recv(RECEIVE_BYTES)
                         if not waiting[sink]:
@@ -5118,12 +5174,14 @@ class Access:
         return Response(204, allowed, bodiless=True)
 
 
+@lru_cache(maxsize=128)
 def host_name(authority: str) -> str:
     """The host of ``host:port`` in lower case, an IPv6 address without its brackets."""
     match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_-][a-z0-9._-]*))(?::\d*)?", authority.lower())
     return (match[1] or match[2]).rstrip(".") if match else ""
 
 
+@lru_cache(maxsize=128)
 def is_loopback(name: str) -> bool:
     """Whether a host name (lower case) is this machine's own and nobody else's: RFC 6761 §6.3, RFC 1122 §3.2.1.3."""
     try:
@@ -5231,7 +5289,7 @@ class Record:
     request: Request
     began: float
     serving: Serving
-    route: Route = Route("")
+    route: Route = NO_ROUTE
     backend: str = OWN
     ttft: float | None = None
 
@@ -5375,6 +5433,7 @@ class Application:
         record.serving.in_flight.end()
         status = status or response.tally.error_status or response.status
         request, route = record.request, record.route
+        path = request.path[:MAX_LOGGED]
         memory_error = self._watch_memory(response)
         outcome = Outcome(
             self._log.redact(route.user_id) or "-",
@@ -5391,14 +5450,14 @@ class Application:
             "DEBUG" if record.backend == OWN else "INFO",
             "request",
             "answered" if status != 499 else "client_gone",
-            said=readable_outcome(outcome, request),
+            said=partial(readable_outcome, outcome, request.id, "" if request.model else f"{request.method} {path}"),
             request_id=request.id,
             user_id=route.user_id or None,
             model=outcome.model if request.model else None,
             backend=record.backend,
             status=status,
             method=request.method,
-            path=request.path[:MAX_LOGGED],
+            path=path,
             duration_ms=round(outcome.seconds * 1000, 1),
             ttft_ms=None if record.ttft is None else round(record.ttft * 1000, 1),
             tokens=usage.tokens,
@@ -5445,18 +5504,18 @@ class Application:
         )
 
 
-def readable_outcome(outcome: Outcome, request: Request) -> str:
-    """The log line of a request for a person at a terminal."""
+def readable_outcome(outcome: Outcome, request_id: str, asked: str) -> str:
+    """The log line of a request for a person at a terminal; ``asked`` stands for the model where none is known."""
     usage, ttft = outcome.usage, outcome.ttft
     streamed = ttft is not None and outcome.seconds - ttft > 0.001
     parts = (
         outcome.user_id,
-        outcome.model if request.model else f"{request.method} {request.path[:MAX_LOGGED]}",
+        asked or outcome.model,
         outcome.backend,
         "client left" if outcome.status == 499 else str(outcome.status),
         f"{usage.input_tokens}+{usage.output_tokens} tokens" if usage.tokens is not None else "",
         f"{outcome.seconds:.2f} s" + (f" (first byte after {ttft:.2f} s)" if streamed else ""),
-        f"id={request.id}",
+        f"id={request_id}",
     )
     return "  ".join(part for part in parts if part)
 
@@ -5568,16 +5627,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Called by socketserver before `handle`."""
         self.connection: socket.socket = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # answers are whole writes already
+        # The kernel's timeouts: Python's own cost a system call more before every read and write.
+        self.connection.settimeout(None)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(SEND_SECONDS))
+        self._set_seconds = 0.0  # what a read may wait, as set in the kernel
+        self._seconds = IDLE_SECONDS  # ... and as it should be, where no head has begun
         self._deadline: float | None = None
         self._reader = Reader(self._receive)
 
     def _receive(self) -> bytes:
         """The client's next bytes; raises ProxyError 408 where it takes too long over a head or a body."""
-        left = BODY_SECONDS if self._deadline is None else self._deadline - time.monotonic()
-        self.connection.settimeout(max(left, 0.001))
+        seconds = self._seconds if self._deadline is None else max(self._deadline - time.monotonic(), 0.001)
+        if seconds != self._set_seconds:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
+            self._set_seconds = seconds
         try:
             return self.connection.recv(RECEIVE_BYTES)
-        except TimeoutError:
+        except BlockingIOError:
             raise ProxyError(408, "the request took too long to arrive") from None
         except OSError:
             raise ClientGone from None
@@ -5588,7 +5654,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while not self.close_connection and self.server.connections.idle(self.connection):
             try:
                 self.handle_one_request()
-            except (ClientGone, ConnectionError, TimeoutError):
+            except (ClientGone, OSError):
                 return
 
     def handle_one_request(self) -> None:
@@ -5611,7 +5677,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read_request(self) -> Request | None:
         """The next request, or None where the client has closed or stayed idle."""
-        self._deadline = time.monotonic() + IDLE_SECONDS
+        self._seconds = IDLE_SECONDS
         try:
             if not self._reader.buffered and not self._reader.fill():
                 return None
@@ -5623,7 +5689,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = self._reader.head()
         if head is None:
             return None
-        self._deadline = None
+        self._deadline, self._seconds = None, BODY_SECONDS
         method, target, minor, headers = parse_request(head)
         framing = request_framing(headers, minor)
         wanted = headers.tokens("connection")
@@ -5640,7 +5706,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _refuse(self, error: ProxyError, dialect: str) -> None:
         """Answer a request that could not be read, or not be served, and close."""
         self.close_connection = True
-        self._write(self.server.refusal(error, dialect))
+        self.connection.sendall(self.server.refusal(error, dialect))
         self._linger()
 
     def _send(self, request: Request, response: Response) -> None:
@@ -5664,10 +5730,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = head_bytes(f"HTTP/1.1 {response.status} {reason}", fields)
         if response.tunnel:
             self.close_connection = True
-            self.connection.settimeout(None)
             response.tunnel(self.connection, head, self._reader.some(RECEIVE_BYTES) if self._reader.buffered else b"")
         elif isinstance(body, bytes):
-            self._write(head if request.method == "HEAD" else head + body)
+            self.connection.sendall(head if request.method == "HEAD" else head + body)
         else:
             self._stream(head, body, chunked)
 
@@ -5675,9 +5740,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Write an answer as it comes. One that breaks off leaves the connection closed without its end marked."""
         try:
             for data in body:
-                self._write(head + (chunk(data) if chunked and data else data))
+                self.connection.sendall(head + (chunk(data) if chunked and data else data))
                 head = b""
-            self._write(head + (LAST_CHUNK if chunked else b""))
+            self.connection.sendall(head + (LAST_CHUNK if chunked else b""))
         except ProxyError:
             if head:
                 raise
@@ -5685,12 +5750,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ClientGone from None
         finally:
             body.close()  # type: ignore[attr-defined]
-
-    def _write(self, data: bytes) -> None:
-        """Send in steps, so that the timeout measures the client's progress and not the size of the answer."""
-        self.connection.settimeout(SEND_SECONDS)
-        for start in range(0, len(data), WRITE_BYTES):
-            self.connection.sendall(data[start : start + WRITE_BYTES] if len(data) > WRITE_BYTES else data)
 
     def _linger(self) -> None:
         """Read on for a moment before closing: a reset would take our last answer with it (RFC 9112 §9.6)."""
@@ -5771,6 +5830,11 @@ class Connections:
             for sock in self._busy:
                 shut(sock)
         return quiet
+
+
+def timeval(seconds: float) -> bytes:
+    """A C ``struct timeval``, as socket options take it."""
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
 
 
 def shut(sock: socket.socket) -> None:
@@ -7651,7 +7715,8 @@ def serve(arguments: argparse.Namespace) -> int:
     take_in_logging(log)
     for warning in config.warnings:
         log.event("WARNING", "config", "warning", message=str(warning))
-    sys.setswitchinterval(SWITCH_SECONDS)
+    if settings.has_sdk:
+        sys.setswitchinterval(SWITCH_SECONDS)
     allow_open_files(settings.limits.connections)
     signals = Signals()
     with PidFile(config.path, log) as pid_file:
