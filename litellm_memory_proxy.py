@@ -5423,10 +5423,22 @@ class Application:
                 self._log.event("WARNING", "memory", "invalid_id", request_id=request.id, message=message)
         return route
 
-    def _error(self, error: ProxyError, request: Request) -> Response:
+    def refuse(self, error: ProxyError, request: Request | None = None) -> Response:
+        """The answer to a request that could not be read, or of which the answer broke off before it began."""
+        request_id = request.id if request else new_request_id()
+        if request is None:  # else it has been counted
+            self._metrics.begin()
+            self._metrics.end(Outcome("-", "-", OWN, error.status, 0.0))
+        fields: dict[str, Any] = {"request_id": request_id, "status": error.status, "message": error.message}
+        self._log.event("WARNING", "front", "refused", **fields)
+        error.headers += [("x-request-id", request_id), ("x-proxy-backend", self.serving.primary.name)]
+        return self._error(error, request)
+
+    def _error(self, error: ProxyError, request: Request | None) -> Response:
         """The error in the dialect of the path, without secrets."""
         error.redact(self._log.redact)
-        return json_response(error.status, error.body(dialect_of(request.path)), error.headers)
+        dialect = dialect_of(request.path) if request else OPENAI
+        return json_response(error.status, error.body(dialect), error.headers)
 
     def _end(self, record: Record, response: Response, status: int | None = None) -> None:
         """A request has ended: count it, log it. 499 says that the client left."""
@@ -5610,12 +5622,11 @@ def reason_phrase(status: int) -> str:
         return ""
 
 
-def error_bytes(error: ProxyError, dialect: str) -> bytes:
-    """An error as the whole last answer on a connection."""
-    response = json_response(error.status, error.body(dialect), error.headers)
+def last_answer(response: Response) -> bytes:
+    """A whole answer as the last one on its connection."""
     assert isinstance(response.body, bytes)
     fields = [*response.headers, ("Content-Length", str(len(response.body))), ("Connection", "close")]
-    return head_bytes(f"HTTP/1.1 {error.status} {reason_phrase(error.status)}", fields) + response.body
+    return head_bytes(f"HTTP/1.1 {response.status} {reason_phrase(response.status)}", fields) + response.body
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -5673,7 +5684,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not request.body.finished:
                 self._linger()
         except ProxyError as error:  # the head was unusable, or never came, or the answer broke off before it began
-            self._refuse(error, dialect_of(request.path) if request else OPENAI)
+            self._refuse(error, request)
 
     def _read_request(self) -> Request | None:
         """The next request, or None where the client has closed or stayed idle."""
@@ -5703,10 +5714,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             method, target, headers, ClientBody(self._reader, framing, self.server.limits.body_bytes, ask), peer, minor
         )
 
-    def _refuse(self, error: ProxyError, dialect: str) -> None:
+    def _refuse(self, error: ProxyError, request: Request | None) -> None:
         """Answer a request that could not be read, or not be served, and close."""
         self.close_connection = True
-        self.connection.sendall(self.server.refusal(error, dialect))
+        self.connection.sendall(last_answer(self.server.application.refuse(error, request)))
         self._linger()
 
     def _send(self, request: Request, response: Response) -> None:
@@ -5894,7 +5905,7 @@ class Front(http.server.ThreadingHTTPServer):
         error = unavailable("the proxy has as many connections as it may (--max-connections)")
         with contextlib.suppress(OSError):
             request.setblocking(False)
-            request.sendall(self.refusal(error, OPENAI))
+            request.sendall(last_answer(self.application.refuse(error)))
             # What socketserver closes now is our name for the connection: a reset would take the answer with it.
             self._refused.append((request.dup(), time.monotonic() + LINGER_SECONDS))
         return False
@@ -5934,14 +5945,6 @@ class Front(http.server.ThreadingHTTPServer):
             self._log.event(
                 "WARNING", "front", "drain", message=f"requests were still running after {DRAIN_SECONDS:g} s"
             )
-
-    def refusal(self, error: ProxyError, dialect: str) -> bytes:
-        """The answer to a request that does not reach the application."""
-        request_id = new_request_id()
-        fields: dict[str, Any] = {"request_id": request_id, "status": error.status, "message": error.message}
-        self._log.event("WARNING", "front", "refused", **fields)
-        error.headers += [("x-request-id", request_id), ("x-proxy-backend", self.application.serving.primary.name)]
-        return error_bytes(error, dialect)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """socketserver prints a traceback here; a defect of ours belongs in the log, a vanished client nowhere."""

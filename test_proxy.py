@@ -3891,6 +3891,8 @@ def test_too_much_is_refused_before_it_is_read(request: pytest.FixtureRequest, m
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 431),
     ):
         assert running.raw(data).startswith(b"HTTP/1.1 %d " % status)
+    counted = {row["kind"]: row["value"] for row in running.client.get("/memory-routing/stats").json()["errors_total"]}
+    assert counted["request_too_large"] >= 1 and counted["http_4xx"] >= 1
 
 
 def test_an_upload_that_is_too_large_is_refused_before_its_head_is_forwarded() -> None:
