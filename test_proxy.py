@@ -184,6 +184,11 @@ class Provider:
     def last(self) -> Got:
         return self.got[-1]
 
+    @property
+    def posts(self) -> list[Got]:
+        """Without the GET /v1/models that LiteLLM's server sends by itself after its start."""
+        return [got for got in self.got if got.method == "POST"]
+
     def wait_for(self, count: int = 1, seconds: float = 10) -> Got:
         """The newest request, once there are this many."""
         wait_until(lambda: len(self.got) >= count, seconds)
@@ -5169,8 +5174,7 @@ def test_openai_chat_calls_a_tool(openai_client: openai.OpenAI, provider: Provid
     assert answer.choices[0].message.content == "hello"
     question, assistant, told = provider.last.body["messages"]
     assert (question["content"], assistant["tool_calls"][0]["id"], told) == ("weather?", "call_1", result)
-    calls = [got for got in provider.got if got.method == "POST"]  # LiteLLM's server asks for more at its start
-    assert [arrived(got) for got in calls] == [OPENAI_ARRIVED] * 2
+    assert [arrived(got) for got in provider.posts] == [OPENAI_ARRIVED] * 2
 
 
 def test_openai_models(openai_client: openai.OpenAI) -> None:
@@ -5237,7 +5241,7 @@ def test_openai_responses_call_a_function(openai_client: openai.OpenAI, provider
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
     assert openai_client.responses.create(input=[*talk, made, result], **options).output_text == "hello"
     assert provider.last.body["input"][1:] == [made, result]
-    assert [arrived(got) for got in provider.got] == [OPENAI_ARRIVED] * 2
+    assert [arrived(got) for got in provider.posts] == [OPENAI_ARRIVED] * 2
 
 
 def test_openai_async(served: Proxy, provider: Provider) -> None:
@@ -5253,7 +5257,7 @@ def test_openai_async(served: Proxy, provider: Provider) -> None:
             return whole.choices[0].message.content, "".join(pieces)
 
     assert asyncio.run(talk()) == ("hello", "hello")
-    assert [arrived(got) for got in provider.got] == [OPENAI_ARRIVED] * 2
+    assert [arrived(got) for got in provider.posts] == [OPENAI_ARRIVED] * 2
 
 
 def test_anthropic_messages(anthropic_client: anthropic.Anthropic, provider: Provider) -> None:
@@ -5298,7 +5302,7 @@ def test_anthropic_thinks_and_calls_a_tool(
     _, assistant, told = provider.last.body["messages"]
     assert assistant["content"][0]["signature"] == thought.signature and told["content"] == [result]
     assert provider.last.body["thinking"] == thinking
-    assert [arrived(got) for got in provider.got] == [ANTHROPIC_ARRIVED] * 2
+    assert [arrived(got) for got in provider.posts] == [ANTHROPIC_ARRIVED] * 2
 
 
 def test_anthropic_count_tokens(anthropic_client: anthropic.Anthropic, provider: Provider) -> None:
@@ -5327,7 +5331,7 @@ def test_anthropic_async(served: Proxy, provider: Provider) -> None:
                 return text_of(MESSAGES, whole.model_dump()), await stream.get_final_text()
 
     assert asyncio.run(talk()) == ("hello", "hello")
-    assert [arrived(got) for got in provider.got] == [ANTHROPIC_ARRIVED] * 2
+    assert [arrived(got) for got in provider.posts] == [ANTHROPIC_ARRIVED] * 2
 
 
 # ── recorded clients ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -5803,7 +5807,7 @@ def test_what_a_client_was_recorded_to_send(
                 assert response.status == {"sdk": 426, "binary": 101}[mode]
             else:
                 assert_answered(call, body, response)
-    memories = {got.header("x-sm-user-id") for got in provider.got if got.method == "POST"}
+    memories = {got.header("x-sm-user-id") for got in provider.posts}
     # LiteLLM's server sends no client header along with a count of tokens.
     counts_without_memory = mode == "binary" and call.path.startswith(COUNT)
     assert memories == ({None if counts_without_memory else call.memory} if call.method == "POST" else set())
@@ -5990,7 +5994,7 @@ def failure_of(client: RealClient, base: str, provider: Provider, calls_tool: bo
     provider.got.clear()
     provider.script = client_script(client, calls_tool)
     code, output, errors = run_client(client, base, "Run the command." if calls_tool else "How are things?")
-    memories = {got.header("x-sm-user-id") for got in provider.got if got.method == "POST"}
+    memories = {got.header("x-sm-user-id") for got in provider.posts}
     wrong = []
     if code != 0:
         wrong.append(f"no end within {TURN_SECONDS} s" if code is None else f"exit code {code}")
