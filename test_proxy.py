@@ -3,7 +3,7 @@
 Everything is real: the module's own processes, LiteLLM's SDK and LiteLLM's server, sockets. The providers are played
 by `Provider`, an HTTP server that answers from a script and records what it got. Nothing of ours is patched.
 
-    ./run.sh test                 all of it (about three minutes; installs LiteLLM's server the first time)
+    ./run.sh test                 all of it (about ten minutes; installs LiteLLM's server the first time)
     ./run.sh test -k routing      some of it
     ./run.sh clients              the real clients that npm has, in both modes
 """
