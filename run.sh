@@ -4,6 +4,7 @@
 #   ./run.sh [ARGUMENTS]   start the proxy; arguments go to litellm_memory_proxy.py (--help lists them)
 #   ./run.sh test [ARGS]   run test_proxy.py; ARGS go to pytest
 #   ./run.sh clients       run Claude Code, Codex and opencode against the proxy; installs them from npm into .clients
+#   ./run.sh bench [WORDS] measure the proxy beside nginx, LiteLLM's server and the bare SDK; the README shows the table
 #   ./run.sh oldest        the session's tests on the oldest LiteLLM that the metadata allows, in .venv-oldest
 #   ./run.sh lint          ruff and mypy --strict
 #
@@ -77,11 +78,11 @@ else
 fi
 
 case ${1-} in
-test | clients)
+test | clients | bench)
     server_requirement | need_lines "LiteLLM's server, for binary mode (300 MB more)"
     need "the tests' tools" 'pytest>=8,<10' 'openai' 'anthropic' 'prometheus_client'
     cd "$here"
-    [ "$1" = clients ] && exec "$py" test_proxy.py "$@"
+    [ "$1" = test ] || exec "$py" test_proxy.py "$@"
     shift
     exec "$py" -m pytest test_proxy.py "$@"
     ;;

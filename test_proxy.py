@@ -6,6 +6,7 @@ by `Provider`, an HTTP server that answers from a script and records what it got
     ./run.sh test                 all of it (about ten minutes; installs LiteLLM's server the first time)
     ./run.sh test -k routing      some of it
     ./run.sh clients              the real clients that npm has, in both modes
+    ./run.sh bench                how fast it is, beside nginx, LiteLLM's server and the bare SDK
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import functools
 import gzip
 import http.client
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -35,12 +39,13 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 import pytest
@@ -5918,8 +5923,8 @@ CLIENT_SETUPS = [
 ]
 
 
-def progress(said: str) -> None:
-    print(f"clients: {said}", file=sys.stderr, flush=True)
+def progress(said: str, command: str = "clients") -> None:
+    print(f"{command}: {said}", file=sys.stderr, flush=True)
 
 
 def install_clients() -> None:
@@ -6056,6 +6061,610 @@ def test_the_clients_command_without_node_is_one_clear_line(tmp_path: Path) -> N
     assert (result.returncode, result.stdout, result.stderr) == (2, "", said)
 
 
+# ── the bench command ────────────────────────────────────────────────────────────────────────────────────────────
+# What is compared is measured in turn, in short rounds of one run, so that a noisy machine hits all alike. The
+# upstream, the load and the bare SDK's calls have a process each.
+
+ROUNDS, ROUND_SECONDS = 7, 1.0
+BENCH_MODELS = ("whole", "chunks-5-0", "chunks-2000-0", "chunks-20-1")  # chunks-COUNT-SECONDS between two
+BENCH_MARKS = ("<!-- bench -->", "<!-- /bench -->")
+STAMP = re.compile(rb'"content": ?"(\d+\.\d+)"')  # a chunk says when it was sent
+MIB = 1024 * 1024
+Poll = getattr(select, "epoll", select.poll)  # costs the same at any number of connections
+
+
+def http_message(first_line: str, body: bytes) -> bytes:
+    head = f"{first_line}\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def bench_request(name: str) -> bytes:
+    body = {**chat_body(name), **({"stream": True} if name != "whole" else {})}
+    return http_message("POST /v1/chat/completions HTTP/1.1", json.dumps(body).encode())
+
+
+def is_whole(message: bytes) -> bool:
+    """Whether a message is all there."""
+    end = message.find(b"\r\n\r\n")
+    if end < 0:
+        return False
+    length = message[:end].lower().partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0]
+    if length:
+        return len(message) >= end + 4 + int(length)
+    return message.startswith(b"GET ") or message.endswith(proxy.LAST_CHUNK)
+
+
+def connected(port: int) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def serve_upstream(listener: socket.socket) -> None:
+    """The upstream's process: one loop for whole answers; a connection that asks for a stream gets a thread."""
+    whole = http_message("HTTP/1.1 200 OK", usual_answer(Got("POST", "/v1/chat/completions", [], b"{}")).body)
+    poll, connections, unread = Poll(), {}, {}
+    poll.register(listener, select.POLLIN)
+    while True:
+        for number, _ in poll.poll():
+            if number == listener.fileno():
+                sock = listener.accept()[0]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connections[sock.fileno()] = sock
+                poll.register(sock, select.POLLIN)
+                continue
+            try:
+                data = connections[number].recv(65536)
+            except OSError:
+                data = b""
+            request = unread.pop(number, b"") + data
+            if data and not is_whole(request):
+                unread[number] = request
+            elif data and b"chunks-" not in request:
+                connections[number].send(whole)
+            else:
+                poll.unregister(number)
+                sock = connections.pop(number)
+                if data:
+                    threading.Thread(target=serve_streams, args=(sock, request), daemon=True).start()
+                else:
+                    sock.close()
+
+
+def serve_streams(sock: socket.socket, request: bytes) -> None:
+    with sock, contextlib.suppress(OSError):
+        while request:
+            found = re.search(rb"chunks-(\d+)-(\d+)", request)
+            assert found
+            sock.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for number in range(int(found[1])):
+                time.sleep(int(found[2]) if number else 0)
+                sock.sendall(proxy.chunk(openai_chunk({"content": f"{time.time():.6f}"})))
+            sock.sendall(proxy.chunk(openai_chunk({}, "stop") + b"data: [DONE]\n\n") + proxy.LAST_CHUNK)
+            request = sock.recv(65536)
+            while request and not is_whole(request):
+                request += sock.recv(65536)
+
+
+class Speed(NamedTuple):
+    """Median latency in seconds, requests a second."""
+
+    p50: float
+    rate: float
+
+
+def drive(port: int, connections: int, count: int = sys.maxsize) -> Speed:
+    """Keep so many connections busy, for `ROUND_SECONDS` or for so many requests."""
+    request, seconds = bench_request("whole"), ROUND_SECONDS if count == sys.maxsize else 600
+    socks = {sock.fileno(): sock for sock in (connected(port) for _ in range(connections))}
+    poll, unread, sent_at, latencies = Poll(), {}, {}, []
+    began = now = time.perf_counter()
+    for number, sock in socks.items():
+        poll.register(sock, select.POLLIN)
+        sent_at[number] = time.perf_counter()
+        sock.send(request)
+    left = count - connections
+    while sent_at:
+        for number, _ in poll.poll():
+            data = socks[number].recv(65536)
+            now = time.perf_counter()
+            answer = unread.pop(number, b"") + data
+            if data and not is_whole(answer):
+                unread[number] = answer
+                continue
+            if not answer.startswith(b"HTTP/1.1 200 "):
+                raise RuntimeError(f"port {port} answered {answer[:500]!r}")
+            latencies.append(now - sent_at.pop(number))
+            if now - began < seconds and left > 0:
+                left -= 1
+                sent_at[number] = now
+                socks[number].send(request)
+    for sock in socks.values():
+        sock.close()
+    return Speed(median(latencies), len(latencies) / (now - began))
+
+
+class Streams(NamedTuple):
+    """Median seconds to the first chunk, seconds by which the latest chunk was late, whole streams, CPU seconds."""
+
+    first: float
+    late: float
+    whole: int
+    cpu: float = 0.0
+
+
+def drive_streams(port: int, name: str, at_once: int, pause: float = 0.0) -> Streams:
+    """So many streams, begun with so many seconds between two."""
+    poll, socks, unread, firsts, late, whole = select.poll(), {}, {}, {}, 0.0, 0
+    began, sent_at = time.time(), {}
+    while len(sent_at) < at_once or socks:
+        if len(sent_at) < at_once and time.time() >= began + len(sent_at) * pause:
+            sock = connected(port)
+            key = len(sent_at)
+            socks[sock.fileno()], unread[sock.fileno()] = (sock, key), b""
+            poll.register(sock, select.POLLIN)
+            sent_at[key] = time.time()
+            sock.send(bench_request(name))
+        for number, _ in poll.poll(0 if len(sent_at) < at_once and not pause else 5):
+            sock, key = socks[number]
+            data, now = sock.recv(65536), time.time()
+            text, _, unread[number] = (unread[number] + data).rpartition(b"\n")
+            for stamp in STAMP.findall(text):
+                firsts.setdefault(key, now - sent_at[key])
+                late = max(late, now - float(stamp))
+            if not data or b"data: [DONE]" in text:
+                whole += bool(data)
+                poll.unregister(number)
+                socks.pop(number)[0].close()
+    return Streams(median(firsts.values()), late, whole)
+
+
+def bench_config(port: int) -> dict[str, Any]:
+    base = f"http://127.0.0.1:{port}/v1"
+    return {
+        "model_list": [model(name, f"openai/{name}", base) for name in BENCH_MODELS],
+        "general_settings": {"forward_client_headers_to_llm_api": True},
+    }
+
+
+@functools.cache
+def bare_router(port: int) -> tuple[asyncio.AbstractEventLoop, Any]:
+    os.environ.update(LITELLM_LOCAL_MODEL_COST_MAP="True", NO_PROXY="*")
+    import litellm
+
+    return asyncio.new_event_loop(), litellm.Router(bench_config(port)["model_list"])
+
+
+def bare_calls(port: int, at_once: int) -> Speed:
+    """Calls of the bare Router, gathered so many at a time."""
+    loop, router = bare_router(port)
+    latencies = []
+
+    async def call() -> None:
+        began = time.perf_counter()
+        await router.acompletion(**chat_body("whole"))
+        latencies.append(time.perf_counter() - began)
+
+    async def calls() -> None:
+        while time.perf_counter() - began < ROUND_SECONDS:
+            await asyncio.gather(*(call() for _ in range(at_once)))
+
+    began = time.perf_counter()
+    loop.run_until_complete(calls())
+    return Speed(median(latencies), len(latencies) / (time.perf_counter() - began))
+
+
+def bare_streams(port: int, name: str, at_once: int) -> Streams:
+    """Streams of the bare Router."""
+    loop, router = bare_router(port)
+    firsts = []
+
+    async def stream() -> None:
+        began, first = time.perf_counter(), 0.0
+        async for _ in await router.acompletion(**chat_body(name), stream=True):
+            first = first or time.perf_counter() - began
+        firsts.append(first)
+
+    async def streams() -> None:
+        await asyncio.gather(*(stream() for _ in range(at_once)))
+
+    cpu = time.process_time()
+    loop.run_until_complete(streams())
+    return Streams(median(firsts), 0.0, len(firsts), time.process_time() - cpu)
+
+
+NGINX_CONFIG = """\
+daemon off; pid FOLDER/pid; error_log FOLDER/error.log; worker_processes auto;
+events { worker_connections 1024; }
+http {
+    access_log FOLDER/access.log;
+    client_body_temp_path FOLDER/body; proxy_temp_path FOLDER/proxy; fastcgi_temp_path FOLDER/fastcgi;
+    uwsgi_temp_path FOLDER/uwsgi; scgi_temp_path FOLDER/scgi;
+    keepalive_requests 1000000;
+    upstream bench { server 127.0.0.1:UPSTREAM; keepalive 64; keepalive_requests 1000000; }
+    server {
+        listen 127.0.0.1:PORT backlog=1024;
+        location / { proxy_pass http://bench; proxy_http_version 1.1; proxy_set_header Connection ""; }
+    }
+}
+"""
+
+
+class Absent(Exception):
+    """What a row needs is not installed."""
+
+
+class Bench:
+    """What is measured, by name: the port of each, which is started when it is first asked for."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack, self._runs = stack, {}
+        self._silent = os.open(os.devnull, os.O_WRONLY)
+        stack.callback(os.close, self._silent)
+        spawn = multiprocessing.get_context("spawn")
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
+        self.direct = listener.getsockname()[1]
+        upstream = spawn.Process(target=serve_upstream, args=(listener,), daemon=True)
+        upstream.start()
+        stack.callback(upstream.terminate)
+        self._driver, self._bare = (stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in "ab")
+
+    def start(self, *arguments: str) -> Proxy:
+        """A proxy in front of the upstream, its log to nowhere."""
+        running = Proxy(bench_config(self.direct), *arguments, terminal=self._silent)
+        self._stack.callback(running.stop)
+        return running
+
+    @functools.cached_property
+    def proxies(self) -> dict[str, Proxy]:
+        """Both modes, with nothing else behind them than the upstream."""
+        url = f"http://127.0.0.1:{self.direct}"
+        return {"sdk": self.start("--mode", "sdk"), "binary": self.start("--mode", "binary", "--litellm-url", url)}
+
+    @property
+    def sdk(self) -> int:
+        return self.proxies["sdk"].port
+
+    @property
+    def binary(self) -> int:
+        return self.proxies["binary"].port
+
+    @functools.cached_property
+    def pair(self) -> int:
+        """Binary mode with LiteLLM's server behind it."""
+        bench_progress("starting LiteLLM's server")
+        self._server_port = free_port()
+        return self.start("--mode", "binary", "--litellm-port", str(self._server_port)).port
+
+    @property
+    def server(self) -> int:
+        """LiteLLM's server alone: the one behind the pair."""
+        assert self.pair  # it starts the server
+        return self._server_port
+
+    @functools.cached_property
+    def nginx(self) -> int:
+        binary = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+        if binary is None:
+            raise Absent("nginx is not installed (apt-get install nginx-light)")
+        folder, port = self._stack.enter_context(tempfile.TemporaryDirectory()), free_port()
+        text = NGINX_CONFIG.replace("FOLDER", folder).replace("UPSTREAM", str(self.direct))
+        (Path(folder) / "conf").write_text(text.replace("PORT", str(port)))
+        command = [binary, "-p", folder, "-c", f"{folder}/conf", "-e", f"{folder}/error.log"]
+        process = subprocess.Popen(command)
+        self._stack.callback(process.wait)
+        self._stack.callback(process.terminate)
+        wait_until(lambda: not refuses_connections(port))
+        return port
+
+    def load(self, name: str, connections: int, **limits: int) -> Speed:
+        if name == "bare":
+            return self._bare.submit(bare_calls, self.direct, connections).result()
+        return self._driver.submit(drive, getattr(self, name), connections, **limits).result()
+
+    def streams(self, name: str, of: str, at_once: int, pause: float = 0.0) -> Streams:
+        if name == "bare":
+            return self._bare.submit(bare_streams, self.direct, of, at_once).result()
+        before = self.cpu_seconds(name)
+        found = self._driver.submit(drive_streams, getattr(self, name), of, at_once, pause).result()
+        return found._replace(cpu=self.cpu_seconds(name) - before)
+
+    def cpu_seconds(self, name: str) -> float:
+        return samples_of(self.proxies[name])["process_cpu_seconds_total"]
+
+    def rounds(self, connections: int, *names: str) -> list[dict[str, Speed]]:
+        """The loads of these, round by round; a first round warms up. Measured once for all the rows that ask."""
+        names = tuple(sorted(names))
+        key = (connections, *names)
+        if key not in self._runs:
+            bench_progress(f"{', '.join(names)} at {connections} connections")
+            self._runs[key] = [{name: self.load(name, connections) for name in names} for _ in range(ROUNDS + 1)][1:]
+        return self._runs[key]
+
+
+class Measured(NamedTuple):
+    """What is held against the target, and the figures behind it."""
+
+    value: float
+    figures: str
+
+
+def added_latency(bench: Bench) -> Measured:
+    rounds = bench.rounds(1, "direct", "nginx", "binary")
+    added = {name: median(row[name].p50 - row["direct"].p50 for row in rounds) * 1000 for name in ("nginx", "binary")}
+    return Measured(
+        added["binary"] / added["nginx"], " over ".join(f"{added[name]:.3f} ms" for name in ("binary", "nginx"))
+    )
+
+
+def rate_ratio(connections: int, one: str, other: str, *beside: str) -> Callable[[Bench], Measured]:
+    """Requests a second of the one over the other's, measured with those beside them."""
+
+    def measure(bench: Bench) -> Measured:
+        rounds = bench.rounds(connections, *beside, other, one)
+        figures = " over ".join(f"{median(row[name].rate for row in rounds):,.0f}" for name in (one, other))
+        return Measured(median(row[one].rate / row[other].rate for row in rounds), f"{figures} a second")
+
+    return measure
+
+
+def latency_ratio(one: str, other: str, *beside: str) -> Callable[[Bench], Measured]:
+    """The median latency of the one over the other's, at one connection, measured with those beside them."""
+
+    def measure(bench: Bench) -> Measured:
+        rounds = bench.rounds(1, *beside, other, one)
+        figures = " over ".join(f"{median(row[name].p50 for row in rounds) * 1000:.2f}" for name in (one, other))
+        return Measured(median(row[one].p50 / row[other].p50 for row in rounds), f"{figures} ms")
+
+    return measure
+
+
+def binary_at_64_over_16(bench: Bench) -> Measured:
+    at = {count: median(row["binary"].rate for row in bench.rounds(count, "nginx", "binary")) for count in (16, 64)}
+    return Measured(at[64] / at[16], f"{at[64]:,.0f} over {at[16]:,.0f} a second")
+
+
+def first_token(bench: Bench) -> Measured:
+    rounds = [{name: bench.streams(name, "chunks-5-0", 1).first for name in ("bare", "sdk")} for _ in range(60)][10:]
+    figures = " over ".join(f"{median(row[name] for row in rounds) * 1000:.2f}" for name in ("sdk", "bare"))
+    return Measured(median(row["sdk"] - row["bare"] for row in rounds) * 1000, f"{figures} ms")
+
+
+def chunk_cpu(bench: Bench) -> Measured:
+    cpu = {name: bench.streams(name, "chunks-2000-0", 16).cpu / 32_000 * 1e6 for name in ("bare", "sdk")}
+    return Measured(cpu["sdk"] / cpu["bare"], f"{cpu['sdk']:.0f} over {cpu['bare']:.0f} µs")
+
+
+def many_streams(mode: str) -> Callable[[Bench], Measured]:
+    """How late the latest chunk of 500 streams comes; 20 ms between two beginnings."""
+
+    def measure(bench: Bench) -> Measured:
+        before = resident_bytes(bench.proxies[mode])
+        peak = [before]
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.5):
+                peak.append(resident_bytes(bench.proxies[mode]))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            found = bench.streams(mode, "chunks-20-1", 500, pause=0.02)
+        finally:
+            done.set()
+            watcher.join()
+        return Measured(found.late, f"{found.whole} of 500 whole, {(max(peak) - before) / MIB:.0f} MB above idle")
+
+    return measure
+
+
+def idle_health(mode: str) -> Callable[[Bench], Measured]:
+    """The slowest of 20 answers of ``/health`` beside 900 idle connections, in ms."""
+
+    def measure(bench: Bench) -> Measured:
+        ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with contextlib.ExitStack() as stack:
+            for _ in range(900):
+                sock = stack.enter_context(connected(getattr(bench, mode)))
+                sock.sendall(ask)
+                assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+            took = []
+            for _ in range(20):
+                began = time.perf_counter()
+                with connected(getattr(bench, mode)) as sock:
+                    sock.sendall(ask)
+                    assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+                took.append((time.perf_counter() - began) * 1000)
+        return Measured(max(took), f"{max(took):.1f} ms at most, {median(took):.1f} ms in the middle")
+
+    return measure
+
+
+def seconds_to_run(*arguments: str) -> float:
+    began = time.perf_counter()
+    environment = clean_environment(LITELLM_LOCAL_MODEL_COST_MAP="True")
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
+    return time.perf_counter() - began
+
+
+def seconds_to_ready(bench: Bench, *arguments: str) -> float:
+    began = time.perf_counter()
+    running = bench.start(*arguments)
+    took = time.perf_counter() - began
+    running.stop()
+    return took
+
+
+def front_start(bench: Bench) -> Measured:
+    took = [seconds_to_ready(bench, "--mode", "binary", "--litellm-url", "http://127.0.0.1:9") for _ in range(5)]
+    return Measured(median(took), f"{median(took):.2f} s")
+
+
+def help_start(_bench: Bench) -> Measured:
+    took = [seconds_to_run(str(MODULE), "--help") for _ in range(5)]
+    return Measured(median(took), f"{median(took):.2f} s")
+
+
+def sdk_start(bench: Bench) -> Measured:
+    rounds = [(seconds_to_ready(bench, "--mode", "sdk"), seconds_to_run("-c", "import litellm")) for _ in range(4)][1:]
+    ready, imported = (median(column) for column in zip(*rounds, strict=True))
+    return Measured(median(one / other for one, other in rounds), f"{ready:.2f} over {imported:.2f} s")
+
+
+def binary_size(bench: Bench) -> Measured:
+    running = bench.start("--mode", "binary", "--litellm-url", f"http://127.0.0.1:{bench.direct}")
+    size = resident_bytes(running) / MIB
+    running.stop()
+    return Measured(size, f"{size:.1f} MB")
+
+
+def sdk_size(bench: Bench) -> Measured:
+    running = bench.start("--mode", "sdk")
+    ours = resident_bytes(running) / MIB
+    running.stop()
+    program = (
+        f"import litellm; router = litellm.Router({bench_config(bench.direct)['model_list']!r}); "
+        "print(open('/proc/self/statm').read().split()[1])"
+    )
+    environment = clean_environment(LITELLM_LOCAL_MODEL_COST_MAP="True")
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=environment).stdout
+    bare = int(output) * os.sysconf("SC_PAGE_SIZE") / MIB
+    return Measured(ours / bare, f"{ours:.0f} over {bare:.0f} MB")
+
+
+def kernel_figures(running: Proxy) -> tuple[int, int, int]:
+    """Resident size in bytes, threads, descriptors."""
+    time.sleep(1)  # until the load's connections are gone
+    base = Path(f"/proc/{running.process.pid}")
+    return resident_bytes(running), *(sum(1 for _ in (base / part).iterdir()) for part in ("task", "fd"))
+
+
+def growth(mode: str) -> Callable[[Bench], Measured]:
+    """How much of its size a mode grows by between request 2,000 and request 20,000, in percent."""
+
+    def measure(bench: Bench) -> Measured:
+        bench.load(mode, 16, count=2_000)
+        before = kernel_figures(bench.proxies[mode])
+        bench.load(mode, 16, count=18_000)
+        after = kernel_figures(bench.proxies[mode])
+        sizes, threads, descriptors = zip(before, after, strict=True)
+        figures = (
+            f"{sizes[0] / MIB:.1f} to {sizes[1] / MIB:.1f} MB, "
+            f"threads {threads[0]} to {threads[1]}, descriptors {descriptors[0]} to {descriptors[1]}"
+        )
+        return Measured((sizes[1] / sizes[0] - 1) * 100, figures)
+
+    return measure
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the table: what is measured, and the most (with ``least``, the least) that it should be."""
+
+    what: str
+    limit: float
+    measure: Callable[[Bench], Measured]
+    unit: str = ""
+    least: bool = False
+
+    def row(self, found: Measured) -> str:
+        wanted = f"at {'least' if self.least else 'most'} {self.limit:g}{self.unit}"
+        met = found.value >= self.limit if self.least else found.value <= self.limit
+        return f"| {self.what} | {found.figures} | {found.value:.2f}{self.unit} | {wanted} | {'yes' if met else 'no'} |"
+
+
+TARGETS = [
+    Target("binary, 1 connection: added latency, p50, over nginx's", 2, added_latency),
+    Target("binary, 16 connections: requests over nginx's", 0.2, rate_ratio(16, "binary", "nginx"), least=True),
+    Target("binary, 64 connections: requests over nginx's", 0.2, rate_ratio(64, "binary", "nginx"), least=True),
+    Target("binary, 64 connections: requests over those at 16", 1, binary_at_64_over_16, least=True),
+    Target("binary before LiteLLM's server: p50 over the server's alone", 1.03, latency_ratio("pair", "server")),
+    Target("sdk, 1 connection: p50 over the bare Router's", 1.1, latency_ratio("sdk", "bare", "server")),
+    Target(
+        "sdk, 16 connections: requests over the bare Router's", 0.9, rate_ratio(16, "sdk", "bare", "server"), least=True
+    ),
+    Target(
+        "sdk, 1 connection: requests over LiteLLM's server's", 3, rate_ratio(1, "sdk", "server", "bare"), least=True
+    ),
+    Target(
+        "sdk, 16 connections: requests over LiteLLM's server's", 3, rate_ratio(16, "sdk", "server", "bare"), least=True
+    ),
+    Target("sdk streams: time to first token, added to the bare Router's", 1, first_token, " ms"),
+    Target("sdk streams: CPU a chunk over the bare Router's", 1.15, chunk_cpu),
+    Target("sdk, 500 streams at once: the latest chunk", 0.5, many_streams("sdk"), " s"),
+    Target("binary, 500 streams at once: the latest chunk", 0.5, many_streams("binary"), " s"),
+    Target("sdk, 900 idle connections: /health", 100, idle_health("sdk"), " ms"),
+    Target("binary, 900 idle connections: /health", 100, idle_health("binary"), " ms"),
+    Target("start: binary front ready", 0.5, front_start, " s"),
+    Target("start: --help", 0.3, help_start, " s"),
+    Target("start: sdk ready over `import litellm`", 1.3, sdk_start),
+    Target("resident: binary front", 40, binary_size, " MB"),
+    Target("resident: sdk over a bare process with a Router", 1.15, sdk_size),
+    Target("binary, 20,000 requests: growth after the first 2,000", 5, growth("binary"), " %"),
+    Target("sdk, 20,000 requests: growth after the first 2,000", 5, growth("sdk"), " %"),
+]
+BENCH_HEAD = "| what | measured | ratio or figure | target | met |\n|---|---|---|---|---|"
+
+
+bench_progress = functools.partial(progress, command="bench")
+
+
+def run_bench(words: Sequence[str]) -> int:
+    """``./run.sh bench [WORD…]``: the rows that have all these words, or all rows, which the README then shows."""
+    wanted = [target for target in TARGETS if all(word in target.what for word in words)]
+    if not wanted:
+        bench_progress(f"no row has {' '.join(words)!r}; the rows are\n" + "\n".join(row.what for row in TARGETS))
+        return 2
+    rows = [BENCH_HEAD]
+    print(BENCH_HEAD, flush=True)
+    with contextlib.ExitStack() as stack:
+        bench = Bench(stack)
+        for target in wanted:
+            bench_progress(target.what)
+            try:
+                rows.append(target.row(target.measure(bench)))
+            except Absent as absent:
+                bench_progress(f"left out: {absent}")
+                continue
+            print(rows[-1], flush=True)
+    if not words:
+        show_in_readme("\n".join(rows))
+    return 0
+
+
+def show_in_readme(table: str) -> None:
+    python = ".".join(map(str, sys.version_info[:3]))
+    versions = f"Python {python}, LiteLLM {proxy.version_of('litellm')}, {os.cpu_count()} cores."
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text().partition(BENCH_MARKS[0])
+    after = rest.partition(BENCH_MARKS[1])[2]
+    readme.write_text("\n\n".join([before + BENCH_MARKS[0], table, versions, BENCH_MARKS[1]]) + after)
+
+
+def bench_command(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(HERE / "test_proxy.py"), "bench", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=clean_environment(), timeout=120)
+
+
+def test_the_bench_measures_the_rows_that_are_asked_for() -> None:
+    result = bench_command("start:", "--help")
+    assert result.returncode == 0 and result.stdout.startswith(BENCH_HEAD + "\n| start: --help | ")
+    assert result.stdout.count("\n") == 3
+
+
+def test_the_bench_names_its_rows_where_none_is_meant() -> None:
+    result = bench_command("nothing")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[0] == "bench: no row has 'nothing'; the rows are"
+
+
+def test_the_readme_shows_the_rows_of_the_bench() -> None:
+    table = (HERE / "README.md").read_text().partition(BENCH_MARKS[0])[2].partition(BENCH_MARKS[1])[0]
+    shown = re.findall(r"^\| (.+?) \| ", table, re.M)[1:]
+    assert shown and set(shown) <= {target.what for target in TARGETS}
+
+
 # ── run.sh and README ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -6093,6 +6702,8 @@ def test_the_readmes_own_commands_work(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench"]:
+        sys.exit(run_bench(sys.argv[2:]))
     if sys.argv[1:] != ["clients"]:
-        sys.exit("usage: test_proxy.py clients (the tests themselves: ./run.sh test)")
+        sys.exit("usage: test_proxy.py clients | bench [WORD...] (the tests themselves: ./run.sh test)")
     sys.exit(run_clients())
