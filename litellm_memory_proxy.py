@@ -748,7 +748,8 @@ def read_file(path: str, problems: list[Problem], text: str | None = None) -> tu
 def read_text(path: str) -> str:
     """A file's text; raises ConfigError."""
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe might never end, and is read but once
+        mode = Path(path).stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe might never end, and is read but once
             raise OSError(0, "is no regular file")
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
