@@ -3029,11 +3029,11 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
         ProxyError: for an error event, and 502 where the stream ended before its ``message_stop``.
     """
     if isinstance(stream, dict):  # mock_response knows no streams in this dialect
-        from litellm.llms.anthropic.pass_through.messages.fake_stream_iterator import (
-            FakeAnthropicMessagesStreamIterator,
-        )
-
-        stream = FakeAnthropicMessagesStreamIterator(stream)  # type: ignore[arg-type]
+        tally.add(stream.get("usage"))
+        document = {key: value for key, value in stream.items() if key != "_hidden_params"}
+        for event in message_events({**document, "model": model}):
+            yield sse_event(json.dumps(event), event["type"])
+        return
     rest, ended = b"", False
     async for part in stream:
         rest += part if isinstance(part, bytes) else str(part).encode()
@@ -3097,7 +3097,7 @@ async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterato
     """LiteLLM's events of a response as OpenAI's; those that carry the response name the model as the client does."""
     if not hasattr(stream, "__aiter__"):  # mock_response knows no streams in this API
         tally.add(stream.usage)
-        for event in mocked_events(stream.model_copy(update={"model": model}).model_dump(mode="json")):
+        for event in response_events(stream.model_copy(update={"model": model}).model_dump(mode="json")):
             yield sse_event(json.dumps(event), event["type"])
         return
     async for part in stream:
@@ -3110,24 +3110,80 @@ async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterato
         )
 
 
-def mocked_events(response: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The events of a response that is one message with one text."""
-    (item,) = response["output"]
-    (part,) = item["content"]
-    in_item: dict[str, Any] = {"output_index": 0}
-    in_part = {**in_item, "item_id": item["id"], "content_index": 0}
-    events: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("created", {"response": {**response, "status": "in_progress", "output": []}}),
-        ("output_item.added", {**in_item, "item": {**item, "status": "in_progress", "content": []}}),
-        ("content_part.added", {**in_part, "part": {**part, "text": ""}}),
-        ("output_text.delta", {**in_part, "delta": part["text"]}),
-        ("output_text.done", {**in_part, "text": part["text"]}),
-        ("content_part.done", {**in_part, "part": part}),
-        ("output_item.done", {**in_item, "item": item}),
-        ("completed", {"response": response}),
-    )
-    for number, (kind, said) in enumerate(events):
-        yield {"type": f"response.{kind}", "sequence_number": number, **said}
+# Whole answers as the events of a stream, for what LiteLLM does not stream itself.
+
+EMPTY_BLOCKS: Mapping[str, Mapping[str, Any]] = {
+    "text": {"text": ""},
+    "thinking": {"thinking": "", "signature": ""},
+    "tool_use": {"input": {}},
+}
+
+
+def block_deltas(block: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What fills an empty block of Anthropic's again."""
+    if block["type"] == "text":
+        return [{"type": "text_delta", "text": piece} for piece in halves(block["text"])]
+    if block["type"] == "thinking":
+        thinking = {"type": "thinking_delta", "thinking": block["thinking"]}
+        return [thinking, {"type": "signature_delta", "signature": block["signature"]}]
+    return [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
+
+
+def halves(text: str) -> tuple[str, str]:
+    """A text in two pieces."""
+    middle = -(-len(text) // 2)
+    return text[:middle], text[middle:]
+
+
+def message_events(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A message of Anthropic's (https://docs.anthropic.com/en/api/messages-streaming)."""
+    yield {"type": "message_start", "message": {**document, "content": [], "stop_reason": None}}
+    yield {"type": "ping"}
+    for index, block in enumerate(document["content"]):
+        yield {"type": "content_block_start", "index": index, "content_block": {**block, **EMPTY_BLOCKS[block["type"]]}}
+        for delta in block_deltas(block):
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
+        yield {"type": "content_block_stop", "index": index}
+    end = {name: document.get(name) for name in ("stop_reason", "stop_sequence")}
+    usage = {"output_tokens": (document.get("usage") or {}).get("output_tokens", 0)}
+    yield {"type": "message_delta", "delta": end, "usage": usage}
+    yield {"type": "message_stop"}
+
+
+def response_events(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A response of OpenAI's with one item (https://platform.openai.com/docs/api-reference/responses-streaming)."""
+    (item,) = document["output"]
+    place = {"item_id": item["id"], "output_index": 0}
+    begun = {**document, "status": "in_progress", "output": [], "usage": None}
+    if item["type"] == "message":
+        (part,) = item["content"]
+        added = {**item, "status": "in_progress", "content": []}
+        place["content_index"] = 0
+        body: list[dict[str, Any]] = [
+            {"type": "response.content_part.added", **place, "part": {**part, "text": ""}},
+            *(
+                {"type": "response.output_text.delta", **place, "delta": piece, "logprobs": []}
+                for piece in halves(part["text"])
+            ),
+            {"type": "response.output_text.done", **place, "text": part["text"], "logprobs": []},
+            {"type": "response.content_part.done", **place, "part": part},
+        ]
+    else:
+        added = {**item, "status": "in_progress", "arguments": ""}
+        body = [
+            {"type": "response.function_call_arguments.delta", **place, "delta": item["arguments"]},
+            {"type": "response.function_call_arguments.done", **place, "arguments": item["arguments"]},
+        ]
+    events: list[dict[str, Any]] = [
+        {"type": "response.created", "response": begun},
+        {"type": "response.in_progress", "response": begun},
+        {"type": "response.output_item.added", "output_index": 0, "item": added},
+        *body,
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": "response.completed", "response": document},
+    ]
+    for number, event in enumerate(events):
+        yield {**event, "sequence_number": number}
 
 
 def speech_answer(result: Any, _model: str) -> tuple[str, bytes]:
@@ -7041,32 +7097,6 @@ def message_document(body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def message_events(document: Mapping[str, Any], _body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The same as events."""
-    yield {"type": "message_start", "message": {**document, "content": [], "stop_reason": None}}
-    yield {"type": "ping"}
-    empty: Mapping[str, dict[str, Any]] = {
-        "text": {"text": ""},
-        "thinking": {"thinking": "", "signature": ""},
-        "tool_use": {"input": {}},
-    }
-    for index, block in enumerate(document["content"]):
-        yield {"type": "content_block_start", "index": index, "content_block": {**block, **empty[block["type"]]}}
-        for delta in {
-            "text": [{"type": "text_delta", "text": "hel"}, {"type": "text_delta", "text": "lo"}],
-            "thinking": [
-                {"type": "thinking_delta", "thinking": "hm"},
-                {"type": "signature_delta", "signature": "c2ln"},
-            ],
-            "tool_use": [{"type": "input_json_delta", "partial_json": INSIDE_ARGUMENTS}],
-        }[block["type"]]:
-            yield {"type": "content_block_delta", "index": index, "delta": delta}
-        yield {"type": "content_block_stop", "index": index}
-    end = {"stop_reason": document["stop_reason"], "stop_sequence": None}
-    yield {"type": "message_delta", "delta": end, "usage": {"output_tokens": 7}}
-    yield {"type": "message_stop"}
-
-
 def response_document(body: Mapping[str, Any]) -> dict[str, Any]:
     """A response: a function call where there are tools, else text."""
     text = {"type": "output_text", "text": "hello", "annotations": [], "logprobs": []}
@@ -7094,38 +7124,6 @@ def response_document(body: Mapping[str, Any]) -> dict[str, Any]:
     return {**head, **unset, **given, "metadata": {}, "output": [item], "usage": usage}
 
 
-def response_events(document: Mapping[str, Any], _body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The same as events."""
-    item = document["output"][0]
-    place = {"item_id": item["id"], "output_index": 0}
-    begun = {**document, "status": "in_progress", "output": [], "usage": None}
-    head: list[dict[str, Any]] = [
-        {"type": "response.created", "response": begun},
-        {"type": "response.in_progress", "response": begun},
-    ]
-    if item["type"] == "message":
-        added = {**item, "status": "in_progress", "content": []}
-        place["content_index"] = 0
-        part = item["content"][0]
-        body = [
-            {"type": "response.content_part.added", **place, "part": {**part, "text": ""}},
-            {"type": "response.output_text.delta", **place, "delta": "hel", "logprobs": []},
-            {"type": "response.output_text.delta", **place, "delta": "lo", "logprobs": []},
-            {"type": "response.output_text.done", **place, "text": "hello", "logprobs": []},
-            {"type": "response.content_part.done", **place, "part": part},
-        ]
-    else:
-        added = {**item, "status": "in_progress", "arguments": ""}
-        body = [
-            {"type": "response.function_call_arguments.delta", **place, "delta": INSIDE_ARGUMENTS},
-            {"type": "response.function_call_arguments.done", **place, "arguments": INSIDE_ARGUMENTS},
-        ]
-    start = {"type": "response.output_item.added", "output_index": 0, "item": added}
-    done = {"type": "response.output_item.done", "output_index": 0, "item": item}
-    for number, event in enumerate([*head, start, *body, done, {"type": "response.completed", "response": document}]):
-        yield {**event, "sequence_number": number}
-
-
 def embedding_document(body: Mapping[str, Any]) -> dict[str, Any]:
     """One embedding."""
     row = {"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}
@@ -7138,10 +7136,10 @@ Streamed = Callable[[Mapping[str, Any], Mapping[str, Any]], Iterable[dict[str, A
 # The end of a path → its answer, and the events of the same as a stream.
 INSIDE_ANSWERS: Mapping[str, tuple[Whole, Streamed]] = {
     "completions": (chat_document, chat_events),
-    "messages": (message_document, message_events),
+    "messages": (message_document, lambda document, _: message_events(document)),
     "count_tokens": (lambda _: {"input_tokens": 5}, lambda *_: ()),
     "input_tokens": (lambda _: {"object": "response.input_tokens", "input_tokens": 5}, lambda *_: ()),
-    "responses": (response_document, response_events),
+    "responses": (response_document, lambda document, _: response_events(document)),
     "embeddings": (embedding_document, lambda *_: ()),
 }
 INSIDE_REFUSAL = {"error": {"message": "too many requests", "type": "rate_limit_error", "code": "rate_limited"}}
