@@ -3536,7 +3536,7 @@ class SdkBackend:
             arguments.setdefault("timeout", self._config.request_seconds)  # LiteLLM's own default is 6,000 s
         usual = {"cache_responses": self._litellm.cache is not None, "ignore_invalid_deployments": True}
         made = router(**{**usual, **arguments, "model_list": self._deployments()})
-        taken = {deployment["model_name"] for deployment in made.model_list}
+        taken = set(made.get_model_names())
         for name in self._config.model_names:
             if name not in taken and name not in self.missing_keys:
                 self._log.event("WARNING", "config", "model_list", message=f"LiteLLM cannot use the model {name!r}")

@@ -6,6 +6,7 @@
 #   ./run.sh clients       run Claude Code, Codex and opencode against the proxy; installs them from npm into .clients
 #   ./run.sh bench [WORDS] measure the proxy beside nginx, LiteLLM's server and the bare SDK; the README shows the table
 #   ./run.sh oldest        the session's tests on the oldest LiteLLM that the metadata allows, in .venv-oldest
+#   ./run.sh newest        the same on the newest, in .venv-newest: its server often wants an older one, sdk mode does not
 #   ./run.sh lint          ruff and mypy --strict
 #
 # VENV=DIR takes another virtual environment than .venv.
@@ -14,7 +15,7 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 module=$here/litellm_memory_proxy.py
 venv=${VENV:-$here/.venv}
-[ "${1-}" = oldest ] && venv=$here/.venv-oldest
+case ${1-} in oldest | newest) venv=$here/.venv-$1 ;; esac
 py=$venv/bin/python
 stamp=$venv/.installed # the requirements that are there, one a line: a second start installs nothing
 
@@ -71,8 +72,7 @@ need_lines() { # need WHAT, with the requirements from standard input, one a lin
 
 make_venv
 if [ "${1-}" = oldest ]; then
-    { requirements | sed 's/^litellm>=\([0-9.]*\).*/litellm==\1/'; printf '%s\n' 'pytest>=8,<10' 'prometheus_client'; } |
-        need_lines "the oldest LiteLLM that the metadata allows (450 MB)"
+    requirements | sed 's/^litellm>=\([0-9.]*\).*/litellm==\1/' | need_lines "the oldest LiteLLM that is allowed (450 MB)"
 else
     requirements | need_lines "the proxy (450 MB, about a minute)"
 fi
@@ -86,7 +86,8 @@ test | clients | bench)
     shift
     exec "$py" -m pytest test_proxy.py "$@"
     ;;
-oldest)
+oldest | newest)
+    need "the tests' tools" 'pytest>=8,<10' 'prometheus_client'
     cd "$here"
     exec "$py" -m pytest test_proxy.py -k "session or challenge or cookie or connections_to_a_provider"
     ;;
