@@ -3960,6 +3960,7 @@ def import_litellm(log: Log) -> Any:
         hint = f"LiteLLM needs more for /v1/messages, /v1/responses and tools: pip install {' '.join(absent)}"
         log.event("WARNING", "sdk", "undeclared", message=hint)
     warnings.filterwarnings("ignore", module="pydantic")  # LiteLLM's models do not always fit what it puts in them
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of use to whoever works on this, not to users
     litellm.suppress_debug_info = True
     litellm.disable_hf_tokenizer_download = True  # it would hold the loop, and with it every client, for half a minute
     litellm.telemetry = False
