@@ -3564,11 +3564,9 @@ def test_the_breaker_opens_and_closes_again() -> None:
         assert both.breaker()["state"] in ("open", "half_open")
         assert both.proxy.chat().headers["x-proxy-backend"] == "sdk"
         assert both.breaker() == {"status": "healthy", "state": "closed", "failures": 0, "trips": 1}
-        said = [json.loads(line) for line in both.proxy.lines if '"circuit_breaker"' in line]
-        assert [(line["level"], line["state"]) for line in said if line["level"] == "CRITICAL"] == [
-            ("CRITICAL", "open")
-        ]
-        assert said[-1]["state"] == "closed"
+        said = lambda: [json.loads(line) for line in both.proxy.lines if '"circuit_breaker"' in line]  # noqa: E731
+        wait_until(lambda: said()[-1]["state"] == "closed")
+        assert [line["state"] for line in said() if line["level"] == "CRITICAL"] == ["open"]
 
 
 def test_the_main_ports_health_shows_the_other_sides_breaker() -> None:
@@ -3912,7 +3910,8 @@ def test_an_upload_that_is_too_large_is_refused_before_its_head_is_forwarded() -
 
     form = b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99999999999\r\nExpect: 100-continue\r\n"
     with in_front_of(script) as (running, server):
-        running.client.get("/health")
+        running.client.get("/health")  # looks whether the server is there
+        wait_until(lambda: server.count > 0)
         before = server.count
         answer = running.raw(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\n" + form + b"\r\n")
         assert answer.startswith(b"HTTP/1.1 413 ") and server.count == before
