@@ -1155,7 +1155,7 @@ def test_secrets_are_redacted_by_value_and_by_shape(text: str) -> None:
 
 
 def test_the_guide_tells_what_to_set_as_a_key(sdk: Proxy) -> None:
-    assert "OPENAI_API_KEY=anything" in sdk.output and "ANTHROPIC_AUTH_TOKEN=anything" in sdk.output
+    wait_until(lambda: "OPENAI_API_KEY=anything" in sdk.output and "ANTHROPIC_AUTH_TOKEN=anything" in sdk.output)
     named = "OPENAI_BASE_URL=http://127.0.0.1:8764/v1 OPENAI_API_KEY=$LITELLM_MASTER_KEY"
     assert proxy.Redactor()(named) == named
 
@@ -5044,13 +5044,14 @@ def test_the_start_tells_what_to_do_next(sdk: Proxy) -> None:
         "PyCharm",
         sdk.url,
     ):
-        assert text in sdk.output
+        wait_until(lambda text=text: text in sdk.output)
 
 
 def test_the_start_warns_where_the_config_would_lose_the_memory(shared_provider: Provider) -> None:
     config = config_for(shared_provider, general_settings={})
     running = Proxy(config, "--mode", "binary", "--litellm-url", shared_provider.url)
-    assert any("forward_client_headers_to_llm_api" in line and "WARNING" in line for line in running.lines)
+    said = re.compile(r'"level": "WARNING".*forward_client_headers_to_llm_api')
+    wait_until(lambda: any(said.search(line) for line in running.lines))
     running.stop()
 
 
