@@ -54,6 +54,7 @@ import contextlib
 import enum
 import fcntl
 import fnmatch
+import gc
 import hmac
 import http.client
 import http.server
@@ -6149,6 +6150,8 @@ class Program:
             sdk = SdkBackend(config, self._runtime)
             self._runtime.bridge.run(self._runtime.prove_cookies())
         self._install(Sides(config, settings.primary_side(config), sdk, self._binary(config, server), server))
+        gc.collect()
+        gc.freeze()  # what is loaded now stays: a collector that looked through it again would stop us for 0.3 s
         for _, front in self._fronts:
             with listening(settings.host, front.server_port):
                 front.start()
