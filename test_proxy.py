@@ -1859,6 +1859,7 @@ def check_slow_client(running: Proxy, provider: Provider, path: str, body: dict[
             yield part
             sent += len(part)
 
+    assert running.post(path, body).status_code == 200  # LiteLLM imports 40 MB for the first one
     provider.script = lambda _got: Reply(parts=parts(), headers=SSE)  # type: ignore[arg-type]
     before = resident_bytes(running)
     with running.client.stream("POST", path, json=body) as response:
