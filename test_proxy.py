@@ -4108,7 +4108,7 @@ def test_a_storm_of_broken_requests_leaves_nothing_behind(
     wait_until(lambda: all(count(name) <= before[name] + 10 for name in before), 20)
     wait_until(lambda: samples_of(running)["memory_proxy_requests_in_flight"] == 1)
     assert running.chat().status_code == 200
-    assert not [line for line in running.lines[output:] if '"defect"' in line or "Traceback" in line]
+    assert not [line for line in running.lines[output:] if '"defect"' in line or "Traceback (most" in line]
 
 
 # ── program ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4192,7 +4192,7 @@ def test_a_bad_config_changes_nothing_and_says_why(shared_provider: Provider, pr
     reload(running, good)
     assert running.chat().status_code == 200
     assert running.stop() == 0
-    assert "Traceback" not in running.output
+    assert "Traceback (most" not in running.output
 
 
 def test_the_callbacks_are_the_configs_after_every_reload(shared_provider: Provider, provider: Provider) -> None:
@@ -4482,7 +4482,7 @@ def test_a_new_litellm_server_takes_over_without_a_gap(shared_provider: Provider
     wait_until(lambda: not Path(f"/proc/{old}").exists(), 30)
     assert len(set(re.findall(r"Started server process \[(\d+)\]", running.output))) == 2
     assert running.stop() == 0
-    assert "Traceback" not in running.output
+    assert "Traceback (most" not in running.output
 
 
 def test_a_config_that_litellms_server_refuses_changes_nothing(shared_provider: Provider, provider: Provider) -> None:
@@ -5000,7 +5000,7 @@ def test_an_unusable_host_or_origin_is_one_clear_line(shared_provider: Provider,
     running = Proxy(config_for(shared_provider), flag, wait=False)
     assert running.process.wait(20) == 2
     running.stop()
-    assert "Traceback" not in running.output and flag.partition("=")[2] in running.lines[-1]
+    assert "Traceback (most" not in running.output and flag.partition("=")[2] in running.lines[-1]
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:4000", "http://127.0.0.1:99999", "http://[::1", "http://h:abc", "ftp://h"])
