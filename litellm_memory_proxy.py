@@ -156,6 +156,9 @@ WRITE_BYTES = 64 * 1024  # so much of a stream that lies ready goes out in one s
 
 TALKING_SECONDS = 0.5  # between two looks at a client whose next request already waits
 STALE_SECONDS = 0.5  # a pooled connection that closes this soon after a request had been closed before it
+SOON_SECONDS = 0.05  # the server's answer is waited for alone so long, and then along with the client's going away
+JUST_USED_SECONDS = 0.1  # a pooled connection is taken without a look whether it has been closed meanwhile
+REMEMBERED_HEADS = 128  # what follows from a request head is worked out once: a client repeats it but for the length
 
 POOL_IDLE_SECONDS = 4.0  # uvicorn, under LiteLLM's server, closes idle connections after 5 s
 POOL_SIZE = 256  # idle connections kept to the LiteLLM server
@@ -190,6 +193,7 @@ MAX_TOKENS = 10**12  # of one call; a larger figure is none
 # does with the default of 0.005. Forwarding alone keeps the default: with less, 16 clients get a third fewer answers.
 SWITCH_SECONDS = 0.001
 OWN = "own"  # the backend, in log and metrics, of the endpoints that are our own
+NONE = "-"  # stands there for a memory id or a model where there is none
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # One family of errors, each with its HTTP status, and the shapes they take in the two dialects. Nothing here knows
@@ -1377,14 +1381,14 @@ class LogFile(RotatingFileHandler):
 
 
 class LogEvent(NamedTuple):
-    """One event as it waits to be written."""
+    """One event as it waits to be written; of the end of a request, the fields are formed only then."""
 
     time: datetime
     level: str
     component: str
     name: str
-    said: Callable[[], str] | None
     fields: Mapping[str, Any]
+    ended: Ended | None = None
 
 
 class Log:
@@ -1415,16 +1419,14 @@ class Log:
                 raise StartError(f"--log-file {file}: {error.strerror}") from None
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
-    def event(
-        self, level: str, component: str, event: str, *, said: Callable[[], str] | None = None, **fields: Any
-    ) -> None:
-        """Write one event; ``said`` gives what stands on a terminal in place of the fields."""
+    def event(self, level: str, component: str, event: str, *, ended: Ended | None = None, **fields: Any) -> None:
+        """Write one event, with its fields or those of a request that has ended."""
         if getattr(logging, level) < self.level:
             return
         if len(self._events) >= MAX_LOG_LINES:
             self._dropped += 1
             return
-        self._events.append(LogEvent(datetime.now(timezone.utc), level, component, event, said, fields))
+        self._events.append(LogEvent(datetime.now(timezone.utc), level, component, event, fields, ended))
         if not self._waiting.is_set():  # waking a thread costs more than an event
             self._waiting.set()
 
@@ -1462,20 +1464,23 @@ class Log:
             "component": event.component,
             "event": event.name,
         }
-        fields = {name: self.redact.within(value) for name, value in event.fields.items()}  # the names are ours
-        return json.dumps({**head, **fields}, default=str)
+        fields = event.ended.fields() if event.ended else event.fields
+        texts = "\n".join(filter(None, map(str, fields.values())))
+        if self.redact(texts) != texts:  # seldom: one look at them all costs less than one at each
+            fields = {name: self.redact.within(value) for name, value in fields.items()}  # the names are ours
+        return encode_json({**head, **fields})
 
     def _readable(self, event: LogEvent) -> str:
         known = {key: value for key, value in event.fields.items() if value is not None}
         message = known.pop("message", event.name)
-        text = (
-            event.said()
-            if event.said
-            else " ".join([f"{event.component}: {message}", *(f"{k}={v}" for k, v in known.items())])
-        )
+        text = " ".join([f"{event.component}: {message}", *(f"{k}={v}" for k, v in known.items())])
+        text = event.ended.readable() if event.ended else text
         line = f"{event.time.astimezone():%H:%M:%S} {event.level.lower():<8} {text}"
         line = line.encode("utf-8", "replace").decode()
         return self.redact(one_line(line))
+
+
+encode_json = json.JSONEncoder(default=str).encode
 
 
 class LoggingHandler(logging.Handler):
@@ -1563,6 +1568,51 @@ class Outcome(NamedTuple):
     seconds: float
     ttft: float | None = None
     usage: Usage = Usage()
+
+
+class Ended(NamedTuple):
+    """A request that has ended, as its log line tells it."""
+
+    outcome: Outcome
+    request_id: str
+    method: str
+    path: str
+    memory_error: str | None
+
+    def fields(self) -> dict[str, Any]:
+        """What stands in the line as JSON."""
+        outcome, usage = self.outcome, self.outcome.usage
+        return {
+            "request_id": self.request_id,
+            "user_id": None if outcome.user_id == NONE else outcome.user_id,
+            "model": None if outcome.model == NONE else outcome.model,
+            "backend": outcome.backend,
+            "status": outcome.status,
+            "method": self.method,
+            "path": self.path[:MAX_LOGGED],
+            "duration_ms": round(outcome.seconds * 1000, 1),
+            "ttft_ms": None if outcome.ttft is None else round(outcome.ttft * 1000, 1),
+            "tokens": usage.tokens,
+            "input_tokens": usage.input_tokens,
+            "output_tokens": usage.output_tokens,
+            "cost_usd": usage.cost_usd,
+            "memory_error": self.memory_error,
+        }
+
+    def readable(self) -> str:
+        """The line for a person at a terminal; method and path stand for the model where none is known."""
+        outcome, usage, ttft = self.outcome, self.outcome.usage, self.outcome.ttft
+        streamed = ttft is not None and outcome.seconds - ttft > 0.001
+        parts = (
+            outcome.user_id,
+            f"{self.method} {self.path[:MAX_LOGGED]}" if outcome.model == NONE else outcome.model,
+            outcome.backend,
+            "client left" if outcome.status == 499 else str(outcome.status),
+            f"{usage.input_tokens}+{usage.output_tokens} tokens" if usage.tokens is not None else "",
+            f"{outcome.seconds:.2f} s" + (f" (first byte after {ttft:.2f} s)" if streamed else ""),
+            f"id={self.request_id}",
+        )
+        return "  ".join(part for part in parts if part)
 
 
 ERROR_KINDS = {  # status → kind, in the metrics; LiteLLM's and OpenAI's names where they have one
@@ -1896,6 +1946,8 @@ REQUEST_LINE = re.compile(rf"({FIELD_NAME.pattern}) ([\x21-\x7e\x80-\xff]+) HTTP
 ABSOLUTE_TARGET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(/[^?#]*)?(\?[^#]*)?")
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 FIELD_LINES = re.compile(rf"(?:{FIELD_NAME.pattern}:[\t\x20-\x7e\x80-\xff]*(?:\r\n|$))*")
+FIELD = re.compile(r"([^:\r\n]+):([^\r\n]*)")  # of lines that are well-formed
+LENGTH_DIGITS = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?([0-9]{1,15})(?=\r\n|$)")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -1926,10 +1978,9 @@ class Headers:
             self._index.setdefault(name.lower(), []).append(value)
 
     @classmethod
-    def parse(cls, lines: Sequence[str]) -> Headers:
-        """From field lines that `FIELD_LINES` has accepted."""
-        split = [line.partition(":") for line in lines]
-        return cls([(name, value.strip(" \t")) for name, _, value in split])
+    def parse(cls, lines: str) -> Headers:
+        """From field lines, joined by CRLF, that `FIELD_LINES` has accepted."""
+        return cls([(name, value.strip(" \t")) for name, value in FIELD.findall(lines)])
 
     def values(self, name: str) -> list[str]:
         """Every value of the fields of this (lower-case) name, in order."""
@@ -1949,6 +2000,11 @@ class Headers:
         """The fields that a proxy passes on: no hop-by-hop ones, none of the dropped (lower-case) names."""
         dropped = HOP_BY_HOP.union(set(self.tokens("connection")) - END_TO_END, drop)
         return [(name, value) for name, value in self.fields if name.lower() not in dropped]
+
+
+def upgrades(headers: Headers) -> bool:
+    """Whether a message asks for, or agrees to, another protocol on its connection (RFC 9110 §7.8)."""
+    return "upgrade" in headers.tokens("connection") and bool(headers.values("upgrade"))
 
 
 class Peer(Protocol):
@@ -2009,11 +2065,6 @@ class Request:
         given = self.headers.values("content-type")
         return len(given) == 1 and given[0].partition(";")[0].strip().lower() in FORM_TYPES
 
-    @property
-    def upgrade(self) -> bool:
-        """Whether the client asks for another protocol on this connection (RFC 9110 §7.8)."""
-        return "upgrade" in self.headers.tokens("connection") and "upgrade" in self.headers._index
-
 
 @dataclass
 class Response:
@@ -2061,14 +2112,26 @@ def parse_fields(lines: str) -> Headers:
     """
     if not FIELD_LINES.fullmatch(lines):
         raise ProxyError(400, "the request has a malformed header line")
-    split = lines.split("\r\n") if lines else []
-    if len(split) > MAX_HEADER_FIELDS:
+    headers = Headers.parse(lines)
+    if len(headers.fields) > MAX_HEADER_FIELDS:
         raise ProxyError(431, f"the request has more than {MAX_HEADER_FIELDS} header fields")
-    return Headers.parse(split)
+    return headers
 
 
+def without_length(head: bytes) -> tuple[bytes, str]:
+    """A request head without the digits of its (first) Content-Length, and these; "" where it has none as usual."""
+    found = LENGTH_DIGITS.search(head)
+    if found is None:
+        return head, ""
+    return head[: found.start(1)] + head[found.end(1) :], found[1].decode()
+
+
+@lru_cache(maxsize=REMEMBERED_HEADS)
 def parse_request(head: bytes) -> tuple[str, str, int, Headers]:
     """Method, origin-form target, minor version and headers of a request head without its final empty line.
+
+    It is remembered: a client's next head is the same, once it is `without_length`, and gets the same `Headers` object,
+    by which others remember what follows from a head.
 
     Raises:
         ProxyError: 400 for a malformed head, 505 for another HTTP version, 431 for too many fields.
@@ -2094,8 +2157,11 @@ def parse_request(head: bytes) -> tuple[str, str, int, Headers]:
     return method, target, int(minor), headers
 
 
-def request_framing(headers: Headers, minor_version: int) -> int:
+def request_framing(headers: Headers, minor_version: int, digits: str = "") -> int:
     """The framing of a request body (RFC 9112 §6): a length, or `CHUNKED`.
+
+    Args:
+        digits: of the Content-Length that stands empty in the headers (`without_length`).
 
     Raises:
         ProxyError: 400 where two parsers could disagree on where the body ends.
@@ -2109,9 +2175,10 @@ def request_framing(headers: Headers, minor_version: int) -> int:
         raise ProxyError(400, "Transfer-Encoding is empty")
     if not lengths:
         return BODILESS
-    if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,15}", lengths[0]):
+    length = lengths[0] or digits
+    if len(lengths) > 1 or not (length.isascii() and length.isdigit() and len(length) <= 15):
         raise ProxyError(400, "Content-Length must be one decimal number")
-    return int(lengths[0])
+    return int(length)
 
 
 def response_framing(method: str, status: int, headers: Headers) -> int:
@@ -2149,17 +2216,17 @@ class Reader:
     """
 
     def __init__(self, receive: Callable[[], bytes]) -> None:
-        self._receive, self._buffer = receive, bytearray()  # cheap to take from the front of
+        self._receive, self._buffer, self._at = receive, b"", 0  # what lies before `_at` has been read
 
     @property
     def buffered(self) -> int:
         """How many bytes were received and not yet read."""
-        return len(self._buffer)
+        return len(self._buffer) - self._at
 
     def fill(self) -> bool:
         """Receive once; False at the end of the input."""
         data = self._receive()
-        self._buffer += data
+        self._buffer, self._at = self._buffer[self._at :] + data, 0
         return bool(data)
 
     def head(self) -> bytes | None:
@@ -2169,37 +2236,39 @@ class Reader:
             ProxyError: 400 for bare line feeds and an unfinished head, 431 over `MAX_HEAD_BYTES`.
         """
         while True:
-            while self._buffer.startswith(b"\r\n"):  # RFC 9112 §2.2 lets empty lines stand before a request
-                del self._buffer[:2]
-            end = self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
+            while self._buffer.startswith(b"\r\n", self._at):  # RFC 9112 §2.2 lets empty lines stand before a request
+                self._at += 2
+            end = self._buffer.find(b"\r\n\r\n", self._at, self._at + MAX_HEAD_BYTES)
             if end >= 0:
                 return self._take(end, 4)
-            if len(self._buffer) >= MAX_HEAD_BYTES:
+            if self.buffered >= MAX_HEAD_BYTES:
                 raise ProxyError(431, f"the request head is over {MAX_HEAD_BYTES // 1024} KiB")
-            if BARE_LF.search(self._buffer):
+            if BARE_LF.search(self._buffer, self._at):
                 raise ProxyError(400, "the request head has a line that does not end in CRLF")
             if not self.fill():
-                if self._buffer:
+                if self.buffered:
                     raise ProxyError(400, "the request head is unfinished")
                 return None
 
     def some(self, most: int) -> bytes:
         """At least one byte and at most ``most``; b"" at the end of the input."""
-        if not self._buffer and not self.fill():
+        if self._at == len(self._buffer) and not self.fill():
             return b""
-        return self._take(min(most, len(self._buffer)))
+        return self._take(min(self._at + most, len(self._buffer)))
 
     def line(self) -> bytes:
         """A line without its CRLF, of 4 KiB at most."""
-        while (end := self._buffer.find(b"\r\n")) < 0:
-            if len(self._buffer) > 4096 or BARE_LF.search(self._buffer) or not self.fill():
+        while (end := self._buffer.find(b"\r\n", self._at)) < 0:
+            if self.buffered > 4096 or BARE_LF.search(self._buffer, self._at) or not self.fill():
                 raise ProxyError(400, "a chunk of the body is malformed")
         return self._take(end, 2)
 
-    def _take(self, size: int, skip: int = 0) -> bytes:
-        """So many bytes from the front, without so many more behind them."""
-        data = bytes(self._buffer[:size])
-        del self._buffer[: size + skip]
+    def _take(self, end: int, skip: int = 0) -> bytes:
+        """The bytes up to ``end``; so many more behind them are left out."""
+        data = self._buffer[self._at : end]
+        self._at = end + skip
+        if self._at == len(self._buffer):
+            self._buffer, self._at = b"", 0
         return data
 
     def body(self, framing: int) -> Iterator[bytes]:
@@ -3594,7 +3663,7 @@ class SdkBackend:
             ProxyError: whatever the client is to be told.
             ClientGone: it left; the call upstream has been cancelled.
         """
-        if request.upgrade:  # Codex tries a WebSocket first, and takes this for "POST it"
+        if upgrades(request.headers):  # Codex tries a WebSocket first, and takes this for "POST it"
             raise ProxyError(426, "there are no WebSockets in sdk mode", headers=UPGRADE_TO_HTTP)
         path = api_path(request)
         fixed = self._fixed_answer(request, path)
@@ -4341,7 +4410,11 @@ class Upstream:
             self.fault = fault
             raise unavailable(fault) from None
         self.fault = None
-        connected.setblocking(False)  # who waits for it waits for the client too, and so by poll()
+        if self._tls:
+            connected.setblocking(False)  # what it has read ahead, no timeout of the kernel's knows
+        else:
+            connected.settimeout(None)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(SOON_SECONDS))
         return connected
 
     def glance(self) -> None:
@@ -4378,28 +4451,28 @@ class Pool:
 
     def take(self, *, fresh: bool = False) -> tuple[socket.socket, bool]:
         """A connection, and whether it was used before; raises ProxyError 503 where none can be made."""
+        while not fresh:
+            with self._lock:
+                if not self._idle:
+                    break
+                sock, since = self._idle.pop()
+                self._busy += 1
+            idle = time.monotonic() - since
+            # An idle connection that is readable was closed by its peer (or sends what nobody asked for).
+            if idle < JUST_USED_SECONDS or (idle < POOL_IDLE_SECONDS and not readable(sock)):
+                return sock, True
+            self.release(sock)
+        sock = self.upstream.connect()
         with self._lock:
             self._busy += 1
-        try:
-            while not fresh:
-                with self._lock:
-                    if not self._idle:
-                        break
-                    sock, since = self._idle.pop()
-                # An idle connection that is readable was closed by its peer (or sends what nobody asked for).
-                if time.monotonic() - since < POOL_IDLE_SECONDS and not readable(sock):
-                    return sock, True
-                sock.close()
-            return self.upstream.connect(), False
-        except BaseException:
-            self._leave()
-            raise
+        return sock, False
 
     def release(self, sock: socket.socket, *, keep: bool = False) -> None:
         """Take back a connection, to be used again where a whole answer was read on it; close those idle for long."""
         now = time.monotonic()
         dropped = [] if keep else [sock]
         with self._lock:
+            self._busy -= 1
             if keep:
                 self._idle.append((sock, now))
             while self._idle and (
@@ -4408,11 +4481,6 @@ class Pool:
                 dropped.append(self._idle.popleft()[0])
         for old in dropped:
             old.close()
-        self._leave()
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._busy -= 1
 
     def count(self) -> dict[str, int]:
         """How many connections are busy, and how many idle."""
@@ -4458,26 +4526,21 @@ class Connection:
 
     def __init__(self, sock: socket.socket, peer: Peer, timeout: float, reused: bool) -> None:
         self.sock, self._peer, self._timeout, self.reused = sock, peer, timeout, reused
+        self._tls = isinstance(sock, ssl.SSLSocket)
         self.reader = Reader(self._receive)
         self.peek: tuple[int, str, int, Headers] | None = None  # a head that was read before its turn
         self._begun = self._answered = False
         self._sent_at = 0.0
-        self._watched = 0  # events of the server's socket that `_poll` looks for
-        self._poll = select.poll()
-        client = peer.fileno()
-        if client >= 0:
-            self._poll.register(client, select.POLLIN | CLOSED)
+        self._poll: select.poll | None = None  # made once there is something to wait for
 
     def _receive(self) -> bytes:
         """Wait for the server, and for the client to go away."""
         while True:
-            if not (isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()):
-                self._wait(select.POLLIN)
             try:
-                data = self.sock.recv(RECEIVE_BYTES)
+                data = self.sock.recv(RECEIVE_BYTES)  # waits for `SOON_SECONDS`: most answers need no more
                 break
             except NOT_NOW:
-                continue
+                self._wait(select.POLLIN)
             except OSError:
                 data = b""
                 break
@@ -4489,10 +4552,12 @@ class Connection:
     def _wait(self, events: int) -> int:
         """Wait until the server's socket is ready for one of these events; returns those that it is ready for."""
         deadline = time.monotonic() + self._timeout
-        if events != self._watched:
-            self._poll.register(self.sock, events)
-            self._watched = events
         server, client = self.sock.fileno(), self._peer.fileno()
+        if self._poll is None:
+            self._poll = select.poll()
+            if client >= 0:
+                self._poll.register(client, select.POLLIN | CLOSED)
+        self._poll.register(server, events)
         while True:
             ready = dict(self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
             if not ready:
@@ -4508,7 +4573,8 @@ class Connection:
     def send(self, data: bytes) -> bool:
         """Send to the server; False where it answers or closes before it has taken everything. Raises ClientGone."""
         left = memoryview(data)
-        early = 0 if isinstance(self.sock, ssl.SSLSocket) else select.POLLIN  # TLS has messages of its own
+        early = 0 if self._tls else select.POLLIN  # TLS has messages of its own
+        flags = 0 if self._tls else socket.MSG_DONTWAIT
         while left:
             if self._begun and self._wait(select.POLLOUT | early) & ~select.POLLOUT:
                 self._sent_at = time.monotonic()
@@ -4517,7 +4583,7 @@ class Connection:
                 return False
             self._begun = True  # an unused connection takes the first bytes without being asked
             try:
-                left = left[self.sock.send(left[:RECEIVE_BYTES]) :]
+                left = left[self.sock.send(left[:RECEIVE_BYTES], flags) :]
             except NOT_NOW:
                 continue
             except OSError:
@@ -4552,7 +4618,7 @@ class Connection:
             said = "the LiteLLM server closed the connection" if head is None else BAD_ANSWER
             raise ProxyError(502, said, blame=BACKEND)
         minor, status, reason = match.groups()
-        return int(status), reason or "", int(minor), Headers.parse(lines.split("\r\n") if lines else [])
+        return int(status), reason or "", int(minor), Headers.parse(lines)
 
 
 class AnswerBody:
@@ -4603,6 +4669,7 @@ class BinaryBackend:
     def __init__(self, config: Config, pool: Pool, server: LitellmServer | None = None) -> None:
         self.pool, self.server, self._upstream = pool, server, pool.upstream
         self._mappings, self._timeout = config.mappings, config.silent_seconds
+        self._template = lru_cache(maxsize=REMEMBERED_HEADS)(self._make_template)
 
     def answer(self, request: Request, route: Route) -> Response:
         """Forward one request.
@@ -4636,25 +4703,35 @@ class BinaryBackend:
 
     def _head(self, request: Request, route: Route) -> bytes:
         """The request head for the server: the client's own but for what a proxy changes."""
+        before, after = self._template(request.headers, request.method, request.target)
+        added = "".join(f"{name}: {value}\r\n" for name, value in route.injected)
+        length = b"" if after is None else b"%d%b" % (request.body.framing, after)
+        return b"%b%b%bx-request-id: %b\r\n\r\n" % (before, length, added.encode(), request.id.encode())
+
+    def _make_template(self, headers: Headers, method: str, target: str) -> tuple[bytes, bytes | None]:
+        """What is the same in the head of every such request: the lines up to the length, if any, and from there on."""
         fields = [
             (name, self._upstream.authority if name.lower() == "host" else value)
-            for name, value in request.headers.end_to_end(kept_back(self._mappings))
+            for name, value in headers.end_to_end(kept_back(self._mappings))
         ]
-        if not request.headers.values("host"):
+        if not headers.values("host"):
             fields.insert(0, ("Host", self._upstream.authority))
-        fields += [*route.injected, ("x-request-id", request.id)]
-        if request.body.framing == CHUNKED:
+        if headers.tokens("transfer-encoding"):
             fields.append(("Transfer-Encoding", "chunked"))
-        if request.upgrade:
-            fields += [("Connection", "Upgrade"), ("Upgrade", request.headers.get("upgrade"))]
-        return head_bytes(f"{request.method} {self._upstream.prefix}{request.target} HTTP/1.1", fields)
+        if upgrades(headers):
+            fields += [("Connection", "Upgrade"), ("Upgrade", headers.get("upgrade"))]
+        mark = "\0"  # stands in no head
+        marked = [(name, mark if name.lower() == "content-length" and not value else value) for name, value in fields]
+        head = head_bytes(f"{method} {self._upstream.prefix}{target} HTTP/1.1", marked).removesuffix(b"\r\n")
+        before, found, after = head.partition(mark.encode())
+        return before, after if found else None
 
     def _exchange(self, connection: Connection, request: Request, head: bytes) -> Response:
         """Send the request and read the answer's head; its body is read as the front asks for it."""
         whole = self._send(connection, request, head)
         status, reason, minor, headers = self._final_head(connection, request)
         if status == 101:
-            if not request.upgrade:
+            if not upgrades(request.headers):
                 raise ProxyError(502, BAD_ANSWER)
             return self._tunnel(connection, status, reason, headers)
         framing = response_framing(request.method, status, headers)
@@ -4779,6 +4856,8 @@ def model_named_in(data: bytes) -> str:
     """
     found = MODEL_FIELD.findall(data)
     try:
+        if len(found) == 1 and b"\\" not in found[0]:
+            return str(found[0][1:-1], "utf-8")
         named = json.loads(data).get("model") if len(found) > 1 else json.loads(found[0]) if found else ""
     except (ValueError, AttributeError, RecursionError):
         return ""
@@ -5341,6 +5420,11 @@ class Serving:
         others = (softened(side.health()) for side in self.sides.values() if side is not self.primary)
         return {**{name: row for rows in others for name, row in rows.items()}, **self.primary.health()}
 
+    @cached_property
+    def route(self) -> Callable[[Headers], Route]:
+        """`route_request` under this config; it is remembered for the last heads."""
+        return lru_cache(maxsize=REMEMBERED_HEADS)(partial(route_request, mappings=self.config.mappings))
+
     def backend(self, route: Route) -> Backend:
         """The backend for a request with this route."""
         wanted = route.pattern.mode if route.pattern else None
@@ -5377,6 +5461,7 @@ class Application:
         self.serving: Serving  # set before the first request, and replaced as a whole: one under way keeps its own
         self._metrics, self._log, self._access = metrics, log, access
         self._reported: set[str] = set()  # patterns whose invalid ids were logged
+        self._shown = lru_cache(maxsize=4 * MAX_LABELS)(partial(name_shown, redact=log.redact))
         self._own = {
             "/health": self._health,
             "/memory-routing/info": self._info,
@@ -5439,7 +5524,7 @@ class Application:
         cors = self._access.cors(record.request.headers)
         added = [*cors, ("x-request-id", record.request.id), ("x-proxy-backend", side)]
         ours = {name.lower() for name, _ in added} - {"vary"}
-        return [*((name, value) for name, value in response.headers if name.lower() not in ours), *added]
+        return [field for field in response.headers if field[0].lower() not in ours] + added
 
     def _answer_own(self, record: Record, own: Callable[[Record], Response]) -> Response:
         require_method(record.request, "GET", "HEAD")
@@ -5478,7 +5563,7 @@ class Application:
 
     def _route(self, record: Record, headers: Headers | None = None) -> Route:
         request = record.request
-        route = route_request(headers or request.headers, record.serving.config.mappings)
+        route = record.serving.route(headers or request.headers)
         for pattern, user_id in route.invalid:
             if pattern.pattern not in self._reported:
                 self._reported.add(pattern.pattern)
@@ -5493,7 +5578,7 @@ class Application:
         request_id = request.id if request else new_request_id()
         if request is None:  # else it has been counted
             self._metrics.begin()
-            self._metrics.end(Outcome("-", "-", OWN, error.status, 0.0))
+            self._metrics.end(Outcome(NONE, NONE, OWN, error.status, 0.0))
         fields: dict[str, Any] = {"request_id": request_id, "status": error.status, "message": error.message}
         self._log.event("WARNING", "front", "refused", **fields)
         error.headers += [("x-request-id", request_id), ("x-proxy-backend", self.serving.primary.name)]
@@ -5508,45 +5593,25 @@ class Application:
     def _end(self, record: Record, response: Response, status: int | None = None) -> None:
         """A request has ended: count it, log it. 499 says that the client left."""
         record.serving.in_flight.end()
-        status = status or response.tally.error_status or response.status
-        request, route = record.request, record.route
-        path = request.path[:MAX_LOGGED]
-        memory_error = self._watch_memory(response)
+        request = record.request
         outcome = Outcome(
-            self._log.redact(route.user_id) or "-",
-            self._log.redact(request.model.encode("utf-8", "replace").decode()[:MAX_MODEL]) or "-",
+            self._shown(record.route.user_id),
+            self._shown(request.model),
             record.backend,
-            status,
+            status or response.tally.error_status or response.status,
             record.seconds(),
             record.ttft,
             response.tally.usage(),
         )
         self._metrics.end(outcome)
-        usage = outcome.usage
-        self._log.event(
-            "DEBUG" if record.backend == OWN else "INFO",
-            "request",
-            "answered" if status != 499 else "client_gone",
-            said=partial(readable_outcome, outcome, request.id, "" if request.model else f"{request.method} {path}"),
-            request_id=request.id,
-            user_id=route.user_id or None,
-            model=outcome.model if request.model else None,
-            backend=record.backend,
-            status=status,
-            method=request.method,
-            path=path,
-            duration_ms=round(outcome.seconds * 1000, 1),
-            ttft_ms=None if record.ttft is None else round(record.ttft * 1000, 1),
-            tokens=usage.tokens,
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            cost_usd=usage.cost_usd,
-            memory_error=memory_error,
-        )
+        ended = Ended(outcome, request.id, request.method, request.path, self._watch_memory(response))
+        name = "client_gone" if outcome.status == 499 else "answered"
+        self._log.event("DEBUG" if record.backend == OWN else "INFO", "request", name, ended=ended)
 
     def _watch_memory(self, response: Response) -> str | None:
         """What the memory service says of itself in an answer; LiteLLM's server puts a prefix before its headers."""
-        said = {name.lower().removeprefix("llm_provider-"): value for name, value in response.headers}
+        said = {name.lower(): value for name, value in response.headers if "supermemory" in name.lower()}
+        said = {name.removeprefix("llm_provider-"): value for name, value in said.items()}
         if not any(name.startswith("x-supermemory-") for name in said):
             return None
         error = said.get("x-supermemory-error")
@@ -5581,20 +5646,9 @@ class Application:
         )
 
 
-def readable_outcome(outcome: Outcome, request_id: str, asked: str) -> str:
-    """The log line of a request for a person at a terminal; ``asked`` stands for the model where none is known."""
-    usage, ttft = outcome.usage, outcome.ttft
-    streamed = ttft is not None and outcome.seconds - ttft > 0.001
-    parts = (
-        outcome.user_id,
-        asked or outcome.model,
-        outcome.backend,
-        "client left" if outcome.status == 499 else str(outcome.status),
-        f"{usage.input_tokens}+{usage.output_tokens} tokens" if usage.tokens is not None else "",
-        f"{outcome.seconds:.2f} s" + (f" (first byte after {ttft:.2f} s)" if streamed else ""),
-        f"id={request_id}",
-    )
-    return "  ".join(part for part in parts if part)
+def name_shown(name: str, redact: Callable[[str], str]) -> str:
+    """A memory id or a model's name as log and metrics show it."""
+    return redact(name.encode("utf-8", "replace").decode()[:MAX_MODEL]) or NONE
 
 
 def request_id_of(headers: Headers) -> str:
@@ -5766,8 +5820,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if head is None:
             return None
         self._deadline, self._seconds = None, BODY_SECONDS
-        method, target, minor, headers = parse_request(head)
-        framing = request_framing(headers, minor)
+        shape, digits = without_length(head)
+        method, target, minor, headers = parse_request(shape)
+        framing = request_framing(headers, minor, digits)
         wanted = headers.tokens("connection")
         self.close_connection = "close" in wanted or (minor == 0 and "keep-alive" not in wanted)
         expects = headers.tokens("expect")

@@ -1354,7 +1354,7 @@ def test_malformed_heads_are_refused(head: bytes, status: int) -> None:
     ],
 )
 def test_ambiguous_framing_is_refused(lines: str) -> None:
-    headers = proxy.Headers.parse(lines.split("\r\n"))
+    headers = proxy.Headers.parse(lines)
     with pytest.raises(proxy.ProxyError) as caught:
         proxy.request_framing(headers, 1)
     assert caught.value.status == 400
