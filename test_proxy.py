@@ -3344,6 +3344,22 @@ def server_pid(running: Proxy) -> int:
     return int(found.stdout.split()[0])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no thread chooses its core")
+def test_the_threads_of_requests_share_a_core_and_the_litellm_server_has_them_all(binary: Proxy, sdk: Proxy) -> None:
+    def cores(running: Proxy) -> dict[int, set[int]]:
+        tasks = [int(task.name) for task in Path(f"/proc/{running.process.pid}/task").iterdir()]
+        return {task: os.sched_getaffinity(task) for task in tasks}
+
+    everywhere = os.sched_getaffinity(0)
+    for running, expected in ((binary, 2), (sdk, 3)):  # the accepting thread, a connection's, the loop's
+        assert running.client.get("/health").status_code == 200
+        found = cores(running)
+        assert found.pop(running.process.pid) == everywhere
+        home = min(found.values(), key=len)
+        assert len(home) == 1 and list(found.values()).count(home) >= expected
+    assert os.sched_getaffinity(server_pid(binary)) == everywhere
+
+
 def test_a_litellm_server_that_dies_under_load_is_started_again(binary: Proxy, provider: Provider) -> None:
     with Load(binary, rate=20) as load:
         load.wait_for("binary")
