@@ -2209,14 +2209,14 @@ def refuse_large(body: Body) -> None:
 
 
 class Reader:
-    """Buffered input of one connection.
+    """Buffered input of one connection; what `receive` raises comes out of every method."""
 
-    Args:
-        receive: reads more bytes, waiting for them; b"" at the end of the input. It may raise whatever it likes.
-    """
+    def __init__(self) -> None:
+        self._buffer, self._at = b"", 0  # what lies before `_at` has been read
 
-    def __init__(self, receive: Callable[[], bytes]) -> None:
-        self._receive, self._buffer, self._at = receive, b"", 0  # what lies before `_at` has been read
+    def receive(self) -> bytes:
+        """More bytes, waiting for them; b"" at the end of the input."""
+        raise NotImplementedError
 
     @property
     def buffered(self) -> int:
@@ -2225,7 +2225,7 @@ class Reader:
 
     def fill(self) -> bool:
         """Receive once; False at the end of the input."""
-        data = self._receive()
+        data = self.receive()
         self._buffer, self._at = self._buffer[self._at :] + data, 0
         return bool(data)
 
@@ -2309,6 +2309,11 @@ class Reader:
         raise ProxyError(431, f"the body has more than {MAX_HEADER_FIELDS} trailer fields")
 
 
+def timeval(seconds: float) -> bytes:
+    """A C ``struct timeval``, as socket options take it."""
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
+
+
 def chunk(data: bytes) -> bytes:
     """One chunk of the chunked coding (RFC 9112 §7.1)."""
     return b"%x\r\n%b\r\n" % (len(data), data)
@@ -2336,8 +2341,8 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
     """A message head from its first line and its fields; what is not Latin-1 becomes a question mark."""
-    lines = [first_line, *(f"{name}: {value}" for name, value in fields)]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+    lines = [f"{name}: {value}\r\n" for name, value in fields]
+    return f"{first_line}\r\n{''.join(lines)}\r\n".encode("latin-1", "replace")
 
 
 def sse_event(data: str, event: str | None = None) -> bytes:
@@ -4535,7 +4540,7 @@ class Stale(Exception):
     """A connection out of the pool was closed before the first byte of an answer: a new one may do."""
 
 
-class Connection:
+class Connection(Reader):
     """One exchange with the server: send a request, read its answer, under watch of the client.
 
     Args:
@@ -4544,16 +4549,16 @@ class Connection:
     """
 
     def __init__(self, sock: socket.socket, peer: Peer, timeout: float, reused: bool) -> None:
+        super().__init__()
         self.sock, self._peer, self._timeout, self.reused = sock, peer, timeout, reused
         self._tls = isinstance(sock, ssl.SSLSocket)
-        self.reader = Reader(self._receive)
         self.peek: tuple[int, str, int, Headers] | None = None  # a head that was read before its turn
         self._begun = self._answered = False
         self._sent_at = 0.0
         self._poll: select.poll | None = None  # made once there is something to wait for
 
-    def _receive(self) -> bytes:
-        """Wait for the server, and for the client to go away."""
+    def receive(self) -> bytes:
+        """The server's next bytes; waits for them, and for the client to go away."""
         while True:
             try:
                 data = self.sock.recv(RECEIVE_BYTES)  # waits for `SOON_SECONDS`: most answers need no more
@@ -4614,19 +4619,19 @@ class Connection:
     def _interim_only(self) -> bool:
         """Read what the server says before it has everything; True where it was interim, and is passed on."""
         while True:
-            answer = self.head()
+            answer = self.answer_head()
             if answer[0] >= 200 or answer[0] == 101:
                 self.peek = answer
                 return False
             if answer[0] != 100:
                 self._peer.interim(answer[0], answer[3])
-            if not self.reader.buffered:
+            if not self.buffered:
                 return True
 
-    def head(self) -> tuple[int, str, int, Headers]:
+    def answer_head(self) -> tuple[int, str, int, Headers]:
         """Status, reason phrase, minor version and headers of the next answer, interim ones included."""
         try:
-            head = self.reader.head()
+            head = self.head()
         except ProxyError as error:
             if error.status == 504:
                 raise
@@ -4649,8 +4654,8 @@ class AnswerBody:
 
     def __init__(self, connection: Connection, framing: int, finish: Callable[[bool], None]) -> None:
         # The head leaves at once, however long the first byte of the body takes.
-        early = () if connection.reader.buffered else (b"",)
-        self._pieces, self._finish = chain(early, connection.reader.body(framing)), finish
+        early = () if connection.buffered else (b"",)
+        self._pieces, self._finish = chain(early, connection.body(framing)), finish
         self._open = True
 
     def __iter__(self) -> AnswerBody:
@@ -4755,14 +4760,14 @@ class BinaryBackend:
             return self._tunnel(connection, status, reason, headers)
         framing = response_framing(request.method, status, headers)
         keep = whole and minor == 1 and framing != UNTIL_CLOSE and "close" not in headers.tokens("connection")
-        there = 0 < framing <= connection.reader.buffered
+        there = 0 < framing <= connection.buffered
         fields = headers.end_to_end(("x-request-id", "content-length" if there or framing == CHUNKED else ""))
         if framing == BODILESS:
             self._finish(connection, keep)
             return Response(status, fields, b"", reason=reason, bodiless=True)
         tally = Tally(known_cost=stated_cost(headers))
         if there:  # the body came with its head: there is nothing to wait for
-            data = connection.reader.some(framing)
+            data = connection.some(framing)
             self._finish(connection, keep)
             return Response(status, fields, data, reason=reason, tally=tally)
         body = AnswerBody(connection, framing, lambda whole: self._finish(connection, keep and whole))
@@ -4793,7 +4798,7 @@ class BinaryBackend:
         poll.register(connection.sock, select.POLLIN)
         if not poll.poll(CONTINUE_SECONDS * 1000):
             return True
-        connection.peek = connection.head()
+        connection.peek = connection.answer_head()
         if connection.peek[0] != 100:
             return False
         request.peer.interim(100, connection.peek[3])
@@ -4804,7 +4809,7 @@ class BinaryBackend:
     def _final_head(connection: Connection, request: Request) -> tuple[int, str, int, Headers]:
         """The head of the final answer; interim ones are passed on."""
         while True:
-            answer, connection.peek = connection.peek or connection.head(), None
+            answer, connection.peek = connection.peek or connection.answer_head(), None
             if answer[0] >= 200 or answer[0] == 101:
                 return answer
             if answer[0] != 100:  # a 100 nobody waits for any more
@@ -4812,7 +4817,7 @@ class BinaryBackend:
 
     def _finish(self, connection: Connection, keep: bool) -> None:
         """The exchange is over; its connection is kept where the answer was whole and nothing came behind it."""
-        self.pool.release(connection.sock, keep=keep and not connection.reader.buffered)
+        self.pool.release(connection.sock, keep=keep and not connection.buffered)
 
     def _tunnel(self, connection: Connection, status: int, reason: str, headers: Headers) -> Response:
         """A 101: from here on bytes flow both ways, whatever they are."""
@@ -4822,7 +4827,7 @@ class BinaryBackend:
             try:
                 connection.sock.settimeout(None)
                 connection.sock.sendall(early)
-                client.sendall(head + (connection.reader.some(RECEIVE_BYTES) if connection.reader.buffered else b""))
+                client.sendall(head + (connection.some(RECEIVE_BYTES) if connection.buffered else b""))
                 pump(client, connection.sock)
             finally:
                 self._finish(connection, keep=False)
@@ -5398,23 +5403,25 @@ class InFlight:
     """Counts the requests under way, from head to end, so that what serves them is not taken away before the last."""
 
     def __init__(self) -> None:
-        self._changed, self._count, self._closed = threading.Condition(), 0, False
+        self._lock, self._count, self._closed = threading.Lock(), 0, False
+        self._changed = threading.Condition(self._lock)
 
     def begin(self) -> bool:
         """A request begins; False where it is too late for that."""
-        with self._changed:
+        with self._lock:
             self._count += not self._closed
             return not self._closed
 
     def end(self) -> None:
         """A request that had begun has ended."""
-        with self._changed:
+        with self._lock:
             self._count -= 1
-            self._changed.notify_all()
+            if self._closed:
+                self._changed.notify_all()
 
     def close(self, seconds: float) -> None:
         """Let none begin any more, and wait this long for the rest to end."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.wait_for(lambda: not self._count, seconds)
 
@@ -5722,6 +5729,29 @@ class ClientPeer:
             raise ClientGone from None
 
 
+class ClientReader(Reader):
+    """A client's bytes, in time: within ``seconds`` for each read, or before a ``deadline`` of the monotonic clock."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self._sock = sock
+        self.seconds, self.deadline = IDLE_SECONDS, math.inf
+        self._set_seconds = 0.0  # as set in the kernel
+
+    def receive(self) -> bytes:
+        """The next bytes; raises ProxyError 408 where they take too long, ClientGone where none come any more."""
+        seconds = self.seconds if self.deadline == math.inf else max(self.deadline - time.monotonic(), 0.001)
+        if seconds != self._set_seconds:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
+            self._set_seconds = seconds
+        try:
+            return self._sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            raise ProxyError(408, "the request took too long to arrive") from None
+        except OSError:
+            raise ClientGone from None
+
+
 class ClientBody:
     """A request body that is read from its connection when a backend asks for it."""
 
@@ -5747,7 +5777,9 @@ class ClientBody:
 
     def read(self) -> bytes:
         """All of it."""
-        if self._data is None:
+        if self._data is None and 0 < self.framing <= min(self._reader.buffered, self.limit):
+            self._data, self.finished = self._reader.some(self.framing), True  # it came with its head
+        elif self._data is None:
             self._data = b"".join(self.pieces())
         return self._data
 
@@ -5779,23 +5811,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # The kernel's timeouts: Python's own cost a system call more before every read and write.
         self.connection.settimeout(None)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(SEND_SECONDS))
-        self._set_seconds = 0.0  # what a read may wait, as set in the kernel
-        self._seconds = IDLE_SECONDS  # ... and as it should be, where no head has begun
-        self._deadline: float | None = None
-        self._reader = Reader(self._receive)
-
-    def _receive(self) -> bytes:
-        """The client's next bytes; raises ProxyError 408 where it takes too long over a head or a body."""
-        seconds = self._seconds if self._deadline is None else max(self._deadline - time.monotonic(), 0.001)
-        if seconds != self._set_seconds:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
-            self._set_seconds = seconds
-        try:
-            return self.connection.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            raise ProxyError(408, "the request took too long to arrive") from None
-        except OSError:
-            raise ClientGone from None
+        self._reader = ClientReader(self.connection)
 
     def handle(self) -> None:
         """Serve requests until the connection is to be closed."""
@@ -5826,7 +5842,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read_request(self) -> Request | None:
         """The next request, or None where the client has closed or stayed idle."""
-        self._seconds = IDLE_SECONDS
+        self._reader.seconds = IDLE_SECONDS
         try:
             if not self._reader.buffered and not self._reader.fill():
                 return None
@@ -5834,11 +5850,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return None
         if not self.server.connections.busy(self.connection):  # it had to make room, or came too late
             return None
-        self._deadline = time.monotonic() + HEAD_SECONDS
+        self._reader.deadline = time.monotonic() + HEAD_SECONDS
         head = self._reader.head()
         if head is None:
             return None
-        self._deadline, self._seconds = None, BODY_SECONDS
+        self._reader.deadline, self._reader.seconds = math.inf, BODY_SECONDS
         shape, digits = without_length(head)
         method, target, minor, headers = parse_request(shape)
         framing = request_framing(headers, minor, digits)
@@ -5926,8 +5942,8 @@ class Connections:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._changed = threading.Condition()
+        self._limit, self._lock = limit, threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._busy: dict[socket.socket, bool] = {}
         self.draining = False
 
@@ -5938,7 +5954,7 @@ class Connections:
 
     def admit(self, sock: socket.socket) -> bool:
         """Take in a new connection, in the place of the longest idle one if need be; False where there is none."""
-        with self._changed:
+        with self._lock:
             if len(self._busy) >= self._limit:
                 idle = next((other for other, busy in self._busy.items() if not busy), None)
                 if idle is None:
@@ -5957,7 +5973,7 @@ class Connections:
         return self._mark(sock, busy=True)
 
     def _mark(self, sock: socket.socket, *, busy: bool) -> bool:
-        with self._changed:
+        with self._lock:
             if self._busy.pop(sock, None) is None:  # it had to make room
                 return False
             self._busy[sock] = busy
@@ -5965,13 +5981,13 @@ class Connections:
 
     def forget(self, sock: socket.socket) -> None:
         """The connection is closed."""
-        with self._changed:
+        with self._lock:
             self._busy.pop(sock, None)
             self._changed.notify_all()
 
     def drain(self, seconds: float) -> bool:
         """Close idle connections and wait for the busy ones; False where some were still busy at the end."""
-        with self._changed:
+        with self._lock:
             self.draining = True
             for sock, busy in self._busy.items():
                 if not busy:
@@ -5980,11 +5996,6 @@ class Connections:
             for sock in self._busy:
                 shut(sock)
         return quiet
-
-
-def timeval(seconds: float) -> bytes:
-    """A C ``struct timeval``, as socket options take it."""
-    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
 
 
 def shut(sock: socket.socket) -> None:

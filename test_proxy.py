@@ -1360,9 +1360,19 @@ def test_ambiguous_framing_is_refused(lines: str) -> None:
     assert caught.value.status == 400
 
 
+class Pieces(proxy.Reader):
+    """Input that arrives in these pieces."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        super().__init__()
+        self._waiting = list(pieces)
+
+    def receive(self) -> bytes:
+        return self._waiting.pop(0) if self._waiting else b""
+
+
 def reader_of(*pieces: bytes) -> proxy.Reader:
-    waiting = list(pieces)
-    return proxy.Reader(lambda: waiting.pop(0) if waiting else b"")
+    return Pieces(pieces)
 
 
 def test_a_reader_takes_heads_and_bodies_in_any_pieces() -> None:
