@@ -605,6 +605,90 @@ def test_the_inline_metadata_is_valid_and_complete() -> None:
     assert names == {"litellm", "httpx", "pyyaml", *proxy.LITELLM_UNDECLARED}
 
 
+def script_copy(tmp_path: Path) -> Path:
+    """The module in a folder of its own and under another name, which no import statement could name."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    return Path(shutil.copy(MODULE, folder / "my proxy-2.py"))
+
+
+def ps(pid: int, column: str) -> str:
+    return subprocess.run(["ps", "-o", f"{column}=", "-ww", "-p", str(pid)], capture_output=True, text=True).stdout
+
+
+@contextlib.contextmanager
+def front_from(script: Path, *options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A binary front that serves, run by this command from the script's folder's parent; it must end well."""
+    config = write_config(script.parent, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9/v1")]})
+    arguments = ["--mode", "binary", "--litellm-url", "http://127.0.0.1:9", "--port", "0", "--config", config]
+    command = [sys.executable, *options, str(script.relative_to(script.parents[1])), *arguments]
+    place = {"cwd": script.parents[1], "env": clean_environment(**environment)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **place) as process:
+        try:
+            assert process.stdout and process.stdout.readline().startswith("ready: binary ")
+            yield process
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_a_script_runs_from_its_cache_in_the_same_process(tmp_path: Path) -> None:
+    with front_from(script_copy(tmp_path), "-X", "dev", "-u", LC_ALL="C.UTF-8", MARK="1") as process:
+        said = ps(process.pid, "args")
+        assert " -X dev -u -c " in said and " a folder/my proxy-2.py --mode binary --litellm-url" in said
+        assert int(ps(process.pid, "rss")) < 40 * 1024
+        if sys.platform == "linux":
+            given = Path(f"/proc/{process.pid}/environ").read_text().strip("\0").split("\0")
+            assert dict(pair.split("=", 1) for pair in given) == clean_environment(LC_ALL="C.UTF-8", MARK="1")
+
+
+def test_a_script_with_an_old_cache_runs_as_it_is_now(tmp_path: Path) -> None:
+    script = script_copy(tmp_path)
+    command = [sys.executable, str(script), "--port", "x"]
+    environment = clean_environment()
+    assert subprocess.run(command, capture_output=True, text=True, env=environment).returncode == 2
+    assert list((script.parent / "__pycache__").iterdir())
+    script.write_text(script.read_text().replace('prog="litellm_memory_proxy.py"', 'prog="newer.py"'))
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and result.stderr.startswith("usage: newer.py ")
+
+
+@pytest.mark.parametrize("why", ["unwanted", "impossible"])
+def test_a_script_without_a_cache_runs_as_it_is(tmp_path: Path, why: str) -> None:
+    script = script_copy(tmp_path)
+    cache = script.parent / "__pycache__"
+    if why == "impossible":
+        cache.touch()  # a folder that cannot be written would not stop root
+    with front_from(script, **({"PYTHONDONTWRITEBYTECODE": "1"} if why == "unwanted" else {})) as process:
+        assert " -c " not in ps(process.pid, "args") and not cache.is_dir()
+
+
+@pytest.mark.parametrize(
+    "caller",
+    [
+        ("-m", "pdb", "-c", "continue", "{}"),
+        ("-c", "import runpy, sys; sys.argv[0] = '{}'; print('status', runpy.run_path('{}', run_name='__main__'))"),
+    ],
+)
+def test_a_script_that_is_called_stays_with_its_caller(tmp_path: Path, caller: tuple[str, ...]) -> None:
+    script = script_copy(tmp_path)
+    command = [sys.executable, *(word.replace("{}", str(script)) for word in caller), "--port", "x"]
+    result = subprocess.run(command, input="q\n", capture_output=True, text=True, env=clean_environment())
+    assert "--port: invalid" in result.stderr and not (script.parent / "__pycache__").exists()
+    assert "pdb" not in caller or "exited via sys.exit(). Exit status: 2" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("--port", "x"), "usage: litellm_memory_proxy.py [-h]"), (("--config", "none.yaml"), "error: none.yaml: ")],
+)
+def test_a_start_that_fails_says_so_once(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    command = [sys.executable, str(script_copy(tmp_path)), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr.count("error: ")) == (2, "", 1)
+    assert result.stderr.startswith(said)
+
+
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
