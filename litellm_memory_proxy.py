@@ -7632,19 +7632,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--use-sdk", dest="mode", action="store_const", const="sdk", help="the same as --mode sdk")
     add("--run-both", dest="mode", action="store_const", const="both", help="the same as --mode both")
     config = os.environ.get("CONFIG_PATH") or "config.yaml"
-    add(
-        "--config",
-        metavar="PATH",
-        default=config,
-        help="a LiteLLM config file (default: CONFIG_PATH, else config.yaml)",
-    )
+    file = "a LiteLLM config file (default: CONFIG_PATH, else config.yaml)"
+    add("--config", metavar="PATH", default=config, help=file)
     add("--host", metavar="ADDR", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
-    add(
-        "--port",
-        metavar="N",
-        type=port_number,
-        help=f"the port to listen on (default: PROXY_PORT, else {DEFAULT_PORT})",
-    )
+    port = f"the port to listen on (default: PROXY_PORT, else {DEFAULT_PORT})"
+    add("--port", metavar="N", type=port_number, help=port)
     add("--sdk-port", metavar="N", type=port_number, help=f"sdk's port under --mode both (default: {DEFAULT_SDK_PORT})")
     add("--litellm-url", metavar="URL", help="a LiteLLM server that already runs: none is started")
     add("--cookie-file", metavar="PATH", help="keep sdk mode's cookies here over restarts (default: in memory only)")
@@ -7657,13 +7649,8 @@ def build_parser() -> argparse.ArgumentParser:
     origins = "let in web pages of this origin, such as https://chat.example, * for any; may be repeated"
     add("--allow-origin", metavar="ORIGIN", action="append", type=origin_option, default=[], help=origins)
     level = (os.environ.get("LOG_LEVEL") or "INFO").upper()
-    add(
-        "--log-level",
-        choices=LEVELS,
-        default=level,
-        type=str.upper,
-        help="what is logged (default: LOG_LEVEL, else INFO)",
-    )
+    logged = "what is logged (default: LOG_LEVEL, else INFO)"
+    add("--log-level", choices=LEVELS, default=level, type=str.upper, help=logged)
     add("--watch", action="store_true", help="read the config again when it changes (SIGHUP does it at any time)")
     add("--log-json", action="store_true", help="log JSON lines on a terminal too; elsewhere it does so anyway")
     add("--log-file", metavar="PATH", help="log there too, as JSON lines; rotated at 10 MiB, five older files are kept")
