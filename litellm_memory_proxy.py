@@ -49,47 +49,38 @@ POSIX only (Linux, macOS, WSL). Meant for loopback and small trusted networks: i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
 
-def run_from_cache() -> None:
-    """Let this process begin anew, with the program from ``__pycache__``; returns where that is not to be.
+def start_over() -> None:
+    """Let this process begin anew, with this file as a module; returns where that is not to be.
 
-    Of a script Python keeps the syntax tree for as long as it runs, 18 of a binary front's 45 MB; of what it loads
-    from there it makes none. The process id, Python's options, the environment and the end of the command line stay.
-    It comes before the imports, whose 0.1 s would be spent twice; for --help, which is short, it would not pay.
+    Of a script Python keeps the syntax tree for as long as it runs, 18 of a binary front's 45 MB; of a module it does
+    not, and has the code from ``__pycache__`` the next time. The process id, Python's options, the environment and the
+    end of the command line stay. It comes before the imports, whose 0.1 s would be spent twice; for --help, which is
+    short, it would not pay.
 
-    Only where Python was started with this file: who calls it (a debugger, coverage, runpy, `FROM_CACHE`) has a frame
-    of its own. And only where there is a cache, or can be.
+    Only where Python was started with this file: who calls it (a debugger, coverage, runpy, `AS_MODULE`) has a frame
+    of its own.
     """
-    from importlib.machinery import SourceFileLoader
-    from importlib.util import cache_from_source
-
     options = sys.orig_argv[1 : -len(sys.argv)]
     called = sys._getframe(1).f_back or sys.orig_argv[1:] != [*options, *sys.argv]
-    cached = cache_from_source(__file__)
-    can_write = os.access(__file__.rpartition("/")[0], os.W_OK) and not sys.dont_write_bytecode
-    if called or {"-h", "--help"} & set(sys.argv) or not (can_write or os.access(cached, os.R_OK)):
-        return
-    try:
-        SourceFileLoader("__main__", __file__).get_code("__main__")  # makes the cache, or brings it up to date
-        if os.access(cached, os.R_OK):
-            os.execv(sys.executable, [sys.executable, *options, "-c", FROM_CACHE, sys.path[0], __file__, *sys.argv])
-    except OSError:
-        return
+    if not called and not {"-h", "--help"} & set(sys.argv):
+        with contextlib.suppress(OSError):
+            os.execv(sys.executable, [sys.executable, *options, "-c", AS_MODULE, sys.path[0], __file__, *sys.argv])
 
 
-FROM_CACHE = (
+AS_MODULE = (
     "import sys; _, sys.path[0], __file__, *sys.argv = sys.argv; from importlib.machinery import SourceFileLoader; "
     "exec(SourceFileLoader('__main__', __file__).get_code('__main__'))"
 )
 
 if __name__ == "__main__":
-    run_from_cache()
+    start_over()
 
 import argparse
-import contextlib
 import enum
 import fcntl
 import fnmatch
