@@ -50,31 +50,37 @@ POSIX only (Linux, macOS, WSL). Meant for loopback and small trusted networks: i
 from __future__ import annotations
 
 import contextlib
+import marshal
 import os
 import sys
+import tempfile
 
 
 def start_over() -> None:
-    """Let this process begin anew, with this file as a module; returns where that is not to be.
+    """Let this process begin anew with what Python has compiled of this script; returns where that is not to be.
 
-    Of a script Python keeps the syntax tree for as long as it runs, 18 of a binary front's 45 MB; of a module it does
-    not, and has the code from ``__pycache__`` the next time. The process id, Python's options, the environment and the
-    end of the command line stay. It comes before the imports, whose 0.1 s would be spent twice; for --help, which is
-    short, it would not pay.
+    Of a script Python keeps the syntax tree for as long as it runs: 18 of a binary front's 45 MB. The process id,
+    Python's options, the environment and the end of the command line stay. It comes before the imports, whose 0.1 s
+    would be spent twice; for --help, which is short, it would not pay.
 
-    Only where Python was started with this file: who calls it (a debugger, coverage, runpy, `AS_MODULE`) has a frame
-    of its own.
+    Only where Python was started with this file: who calls it (a debugger, coverage, runpy, `COMPILED`) has a frame of
+    its own.
     """
-    options = sys.orig_argv[1 : -len(sys.argv)]
-    called = sys._getframe(1).f_back or sys.orig_argv[1:] != [*options, *sys.argv]
-    if not called and not {"-h", "--help"} & set(sys.argv):
-        with contextlib.suppress(OSError):
-            os.execv(sys.executable, [sys.executable, *options, "-c", AS_MODULE, sys.path[0], __file__, *sys.argv])
+    options, script = sys.orig_argv[1 : -len(sys.argv)], sys._getframe(1)
+    called = script.f_back or sys.orig_argv[1:] != [*options, *sys.argv]
+    if called or {"-h", "--help"} & set(sys.argv):
+        return
+    with contextlib.suppress(OSError), tempfile.TemporaryFile() as code:
+        marshal.dump(script.f_code, code)
+        code.seek(0)
+        os.set_inheritable(code.fileno(), True)
+        ours = [COMPILED, str(code.fileno()), sys.path[0], __file__]
+        os.execv(sys.executable, [sys.executable, *options, "-c", *ours, *sys.argv])
 
 
-AS_MODULE = (
-    "import sys; _, sys.path[0], __file__, *sys.argv = sys.argv; from importlib.machinery import SourceFileLoader; "
-    "exec(SourceFileLoader('__main__', __file__).get_code('__main__'))"
+COMPILED = (
+    "import marshal, sys; _, code, sys.path[0], __file__, *sys.argv = sys.argv; "
+    "code = open(int(code), 'rb'); script = marshal.load(code); code.close(); exec(script)"
 )
 
 if __name__ == "__main__":
@@ -105,7 +111,6 @@ import stat
 import string
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 import warnings

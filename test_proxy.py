@@ -632,7 +632,7 @@ def front_from(script: Path, *options: str, **environment: str) -> Iterator[subp
         assert process.wait(20) == 0
 
 
-def test_a_script_runs_as_a_module_in_the_same_process(tmp_path: Path) -> None:
+def test_a_script_starts_over_in_the_same_process_without_its_syntax_tree(tmp_path: Path) -> None:
     with front_from(script_copy(tmp_path), "-X", "dev", "-u", LC_ALL="C.UTF-8", MARK="1") as process:
         said = ps(process.pid, "args")
         assert " -X dev -u -c " in said and " a folder/my proxy-2.py --mode binary --litellm-url" in said
@@ -640,28 +640,6 @@ def test_a_script_runs_as_a_module_in_the_same_process(tmp_path: Path) -> None:
         if sys.platform == "linux":
             given = Path(f"/proc/{process.pid}/environ").read_text().strip("\0").split("\0")
             assert dict(pair.split("=", 1) for pair in given) == clean_environment(LC_ALL="C.UTF-8", MARK="1")
-
-
-def test_a_script_with_an_old_cache_runs_as_it_is_now(tmp_path: Path) -> None:
-    script = script_copy(tmp_path)
-    command = [sys.executable, str(script), "--port", "x"]
-    environment = clean_environment()
-    assert subprocess.run(command, capture_output=True, text=True, env=environment).returncode == 2
-    assert list((script.parent / "__pycache__").iterdir())
-    script.write_text(script.read_text().replace('prog="litellm_memory_proxy.py"', 'prog="newer.py"'))
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 2 and result.stderr.startswith("usage: newer.py ")
-
-
-@pytest.mark.parametrize("why", ["unwanted", "impossible"])
-def test_without_a_cache_a_script_runs_as_a_module_too(tmp_path: Path, why: str) -> None:
-    script = script_copy(tmp_path)
-    cache = script.parent / "__pycache__"
-    if why == "impossible":
-        cache.touch()  # a folder that cannot be written would not stop root
-    with front_from(script, **({"PYTHONDONTWRITEBYTECODE": "1"} if why == "unwanted" else {})) as process:
-        assert not cache.is_dir()
-        assert int(ps(process.pid, "rss")) < 42 * 1024
 
 
 @pytest.mark.parametrize(
