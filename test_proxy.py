@@ -1490,6 +1490,9 @@ class NoPeer:
     def interim(self, status: int, headers: proxy.Headers) -> None:
         raise AssertionError
 
+    def write_now(self, data: bytes) -> bytes | None:
+        return data
+
 
 class SocketPeer(NoPeer):
     def __init__(self, sock: socket.socket) -> None:
@@ -1521,6 +1524,83 @@ def test_the_bridge_holds_back_a_stream_whose_reader_is_slow(bridge: proxy.Bridg
     time.sleep(0.1)
     assert sent <= proxy.STREAM_HIGH_BYTES + 10_000
     assert sum(len(data) for data in call) == 10_000_000
+
+
+def test_a_stream_under_way_does_not_wake_its_thread(bridge: proxy.Bridge) -> None:
+    written: list[bytes] = []
+
+    class Taker(NoPeer):
+        def write_now(self, data: bytes) -> None:
+            written.append(data)
+
+    async def produce(channel: proxy.Channel) -> None:
+        for _ in range(200):
+            await channel.put(b"x")
+            await asyncio.sleep(0.01)
+
+    read = list(bridge.call(produce, Taker()))
+    assert len(b"".join(read + written)) == 200
+    assert len(read) < 20
+
+
+def test_what_a_full_socket_does_not_take_comes_in_order(bridge: proxy.Bridge) -> None:
+    texts = [b"%d " % number * 2000 for number in range(1000)]
+
+    async def produce(channel: proxy.Channel) -> None:
+        for text in texts:
+            await channel.put(text)
+            await asyncio.sleep(0)
+
+    def write() -> None:
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for data in bridge.call(produce, peer):
+            peer.write(head, data)
+            head = b""
+        ours.sendall(proxy.LAST_CHUNK)
+
+    ours, theirs = tcp_pair()
+    with ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)
+        peer = proxy.ClientPeer(ours)
+        peer.chunked = True
+        writer = threading.Thread(target=write)
+        writer.start()
+        answer = http.client.HTTPResponse(theirs)
+        answer.begin()
+        received = []
+        while data := answer.read(65536):
+            received.append(data)
+            time.sleep(0.001)
+        writer.join()
+    assert b"".join(received) == b"".join(texts)
+
+
+def test_a_stream_with_much_to_say_lets_the_others_have_their_turn(bridge: proxy.Bridge) -> None:
+    ended = False
+
+    class Taker(NoPeer):
+        def write_now(self, data: bytes) -> None:
+            pass
+
+    async def much(channel: proxy.Channel) -> None:
+        nonlocal ended
+        await channel.put(b"x")
+        await asyncio.sleep(0.1)
+        for _ in range(500):
+            time.sleep(0.002)
+            await channel.put(b"x")
+        ended = True
+
+    async def little(channel: proxy.Channel) -> None:
+        await channel.put(b"x")
+
+    call = bridge.call(much, Taker())
+    reader = threading.Thread(target=lambda: list(call))
+    reader.start()
+    time.sleep(0.2)
+    assert next(bridge.call(little, Taker())) == b"x"
+    assert not ended
+    reader.join()
 
 
 def test_the_bridge_hands_over_what_was_raised(bridge: proxy.Bridge) -> None:
