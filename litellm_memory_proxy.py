@@ -2448,8 +2448,8 @@ class Channel:
     """Items from one task to one thread. Bytes count towards the marks, each as one more; other items do not.
 
     Neither half needs a lock: ``_written`` is changed by the task alone, ``_read`` and ``_done`` by the thread alone.
-    Between ``_written`` and ``_read`` is what lies between the two, and once the thread is done with all that was
-    written, it waits: until the task writes more, the client's socket is the task's.
+    Between ``_written`` and ``_done`` is what has not gone out. Once the thread is done with all that was written, it
+    waits: until the task writes more, the client's socket is the task's.
 
     Args:
         write_now: of the client, see `Peer`.
@@ -2462,6 +2462,7 @@ class Channel:
         self._ready: list[bytes] = []  # what this turn of the loop has brought for the socket ...
         self._due = 0.0  # ... and when that turn should be over
         self._waiter: asyncio.Future[None] | None = None
+        self._mark = 0  # the waiter waits until no more than this lies between
         self._ended: _End | None = None
 
     # The task's half, on the loop.
@@ -2469,8 +2470,8 @@ class Channel:
     async def put(self, item: Any) -> None:
         """Hand an item over; waits while the reader is more than the high mark behind."""
         self.put_now(item)
-        if self._written - self._read > STREAM_HIGH_BYTES:
-            await self._until_low()
+        if self._written - self._done > STREAM_HIGH_BYTES:
+            await self.until_left(STREAM_LOW_BYTES)
         elif self._ready and self.loop.time() > self._due:
             await self._next_turn()
 
@@ -2502,10 +2503,11 @@ class Channel:
 
         await asyncio.sleep(0)
 
-    async def _until_low(self) -> None:
-        self._waiter = self.loop.create_future()
+    async def until_left(self, mark: int) -> None:
+        """Wait until the reader is no more than so many bytes behind."""
+        self._mark, self._waiter = mark, self.loop.create_future()
         try:
-            if self._written - self._read > STREAM_LOW_BYTES:  # else the reader caught up before it saw the waiter
+            if self._written - self._done > mark:  # else the reader caught up before it saw the waiter
                 await self._waiter
         finally:
             self._waiter = None
@@ -2534,7 +2536,7 @@ class Channel:
 
     def get_all(self) -> bytes:
         """At least one bytes item, and with it all that lie ready up to one write; those before have been written."""
-        self._done = self._read
+        self._catch_up()
         data: bytes = self.get()
         parts, size = [data], len(data)
         while size < WRITE_BYTES and not self._items.empty():
@@ -2549,9 +2551,12 @@ class Channel:
     def _taken(self, item: Any) -> Any:
         if isinstance(item, bytes):
             self._read += len(item) + 1
-            if self._waiter is not None and self._written - self._read <= STREAM_LOW_BYTES:
-                self.loop.call_soon_threadsafe(self._wake)
         return item
+
+    def _catch_up(self) -> None:
+        self._done = self._read
+        if self._waiter is not None and self._written - self._done <= self._mark:
+            self.loop.call_soon_threadsafe(self._wake)
 
     def drain(self) -> None:
         """Read on to the end, whatever it is: afterwards the task has finished."""
@@ -2561,6 +2566,7 @@ class Channel:
                 self._ended = item
             else:
                 self._taken(item)
+                self._catch_up()
 
 
 class Call:
@@ -2720,6 +2726,7 @@ class Exchange:
     ``alive``: some of the answer's body came; ``heard``: more of it than the comments and pings of a stream.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request, for routes on which LiteLLM sends none of a client's.
+    ``stream`` is the body that comes in.
     """
 
     betas: str = ""
@@ -2733,6 +2740,7 @@ class Exchange:
     fault: Exception | None = None
     challenged: bool = False
     headers_to_add: Mapping[str, str] = field(default_factory=dict)
+    stream: Any = None
 
     def begin(self, host: str) -> None:
         """A request goes out: what an earlier attempt saw is forgotten."""
@@ -2749,6 +2757,11 @@ class Exchange:
         """A piece of the answer's body came in."""
         self.alive = True
         self.heard = self.heard or not SIGNS_OF_LIFE.fullmatch(data)
+
+    async def close(self) -> None:
+        """Close the connection of an answer that was not read to its end: LiteLLM leaves some of them open."""
+        if self.stream is not None:
+            await self.stream.aclose()
 
     @property
     def failed(self) -> bool:
@@ -2976,6 +2989,7 @@ def watched_body() -> Callable[[Any, Exchange], Any]:
             self._stream, self._exchange = stream, exchange
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
+            self._exchange.stream = self._stream
             with self._faults():
                 async for data in self._stream:
                     self._exchange.hear(data)
@@ -3552,6 +3566,7 @@ class Opening:
         # A stream from a cache, or by a client that the session does not see, is known by its length alone.
         if self._exchange.heard or (not self._exchange.sent and len(self._held) > OWN_EVENTS):
             self._go()
+            await self._channel.until_left(0)  # else what follows takes the interpreter from the thread that sends it
         elif self._timer is None:
             self._wait()
 
@@ -3923,6 +3938,7 @@ class SdkBackend:
             opening.close()
             if hasattr(result, "aclose"):
                 await result.aclose()
+            await exchange.close()
 
     def _check_keys(self, model: str) -> None:
         """Raises ProxyError 401 for a model without a key, unless the config has fallbacks, which may help it."""

@@ -1603,6 +1603,20 @@ def test_a_stream_with_much_to_say_lets_the_others_have_their_turn(bridge: proxy
     reader.join()
 
 
+def test_a_call_can_wait_until_what_it_sent_has_gone_out(bridge: proxy.Bridge) -> None:
+    waited = threading.Event()
+
+    async def produce(channel: proxy.Channel) -> None:
+        await channel.put(b"one")
+        await channel.until_left(0)
+        waited.set()
+
+    call = bridge.call(produce, NoPeer())
+    assert next(call) == b"one"
+    assert not waited.wait(0.1), "its thread has it, and has not written it"
+    assert list(call) == [] and waited.is_set()
+
+
 def test_the_bridge_hands_over_what_was_raised(bridge: proxy.Bridge) -> None:
     async def produce(channel: proxy.Channel) -> None:
         await channel.put(b"one")
