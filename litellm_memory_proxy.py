@@ -3141,6 +3141,9 @@ RETRY_SETTINGS = frozenset("num_retries retry_policy model_group_retry_policy".s
 # Providers that log in with a device flow: asking LiteLLM whether their key is there would start it.
 DEVICE_FLOW_PROVIDERS = ("github_copilot/", "chatgpt/")
 
+# Settings for which LiteLLM has to hear how each call ended: callbacks, limits (rpm, tpm), budgets, cooldowns, routing.
+COUNTED = re.compile(r"(?:callback|[rt]pm|budget|cooldown|allowed_fails|pre_call_checks|routing)\w*':")
+
 # The proof of cookies at the start: for each HTTP stack (the OpenAI SDK's client, LiteLLM's own) a function of LiteLLM
 # that uses it. Claude by `acompletion` would load the tokenizer's tables, 40 MB that many never need.
 PROOFS = {"openai": "acompletion", "anthropic": "anthropic_messages"}
@@ -3605,6 +3608,7 @@ class SdkRuntime:
     def __init__(self, log: Log, session: Session) -> None:
         self.log, self.session = log, session
         self.litellm = import_litellm(log)
+        self.uncounted = uncounted_calls()
         self.bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
         # Of LiteLLM's settings, those that a config has changed or that LiteLLM changes itself.
         self._defaults: dict[str, Any] = {name: list(getattr(self.litellm, name)) for name in CALLBACK_LISTS}
@@ -3695,13 +3699,17 @@ class SdkBackend:
         )
         self.router: Any
         self.missing_keys: Mapping[str, str]
+        self._counting: bool
         if before and before._config.server_part == config.server_part:
-            self.router, self.missing_keys = before.router, before.missing_keys
+            self.router, self.missing_keys, self._counting = before.router, before.missing_keys, before._counting
             return
         try:
             runtime.apply_settings(config)
             self.missing_keys = {**config.missing_keys, **self._keys_from_environment()}
             self.router = self._bridge.run(self._build_router())
+            self._counting = self._is_counting()
+            if not self._counting and hasattr(self.router, "increment_deployment_usage_for_response"):
+                self.router.increment_deployment_usage_for_response = count_nothing
         except StartError:
             raise
         except Exception as error:  # LiteLLM checks its sections with whatever exception comes to hand
@@ -3730,6 +3738,21 @@ class SdkBackend:
                     version = version_of("litellm")
                     raise StartError(f"LiteLLM {version} has no Router.{endpoint.function}, needed for {path}")
         return made
+
+    def _is_counting(self) -> bool:
+        """Whether anything depends on what LiteLLM counts and tells after a call; else it is spared that work.
+
+        Its records for callbacks, and its Router's counts of successes, failures and tokens, take a fifth of a call's
+        time. They serve callbacks, limits, budgets, and the choice between several deployments of a name. What a call
+        consumed and cost stands in its result.
+        """
+        listeners = (listener for name in CALLBACK_LISTS for listener in getattr(self._litellm, name))
+        names = [entry["model_name"] for entry in self._config.document["model_list"]]
+        return (
+            any(getattr(listener, "__self__", None) is not self.router for listener in listeners)
+            or len(set(names)) < len(names)
+            or COUNTED.search(self._config.server_part) is not None
+        )
 
     def _deployments(self) -> list[dict[str, Any]]:
         """The model_list for the Router.
@@ -3901,6 +3924,7 @@ class SdkBackend:
         """Call LiteLLM and put the answer into the channel: its head, then, where it is streamed, its events."""
         exchange = Exchange()
         EXCHANGE.set(exchange)
+        self._runtime.uncounted.set(not self._counting)
         model = params.get("model", "")
         exchange.betas = headers.get("anthropic-beta", "")
         result: Any = None
@@ -4154,6 +4178,18 @@ def import_litellm(log: Log) -> Any:
         logger.handlers, logger.propagate = [LoggingHandler(log)], False
         logger.setLevel(log.level if log.level <= logging.DEBUG else logging.CRITICAL)
     return litellm
+
+
+def uncounted_calls() -> ContextVar[bool]:
+    """LiteLLM's mark of calls that it neither logs nor counts, such as its own; in a version without it, no mark."""
+    with contextlib.suppress(ImportError, AttributeError):
+        mark: ContextVar[bool] = import_module("litellm._internal_context").is_internal_call
+        return mark
+    return ContextVar("uncounted")
+
+
+async def count_nothing(**_: Any) -> None:
+    """Stands for the Router's count of requests and tokens, where no limit needs it."""
 
 
 async def import_aside(module: str) -> None:

@@ -2067,6 +2067,41 @@ def test_a_lone_deployment_neither_cools_down_nor_makes_its_client_wait(provider
     assert running.stop() == 0
 
 
+def test_litellm_counts_calls_only_where_something_depends_on_it(shared_provider: Provider, provider: Provider) -> None:
+    running = Proxy(config_for(shared_provider), "--mode", "sdk", "--log-level", "debug")
+    mark, costs = "LiteLLM-Async Success Call", set()
+
+    def counts() -> bool:
+        before = running.output.count(mark)
+        costs.add(log_line(running, running.chat().headers["x-request-id"])["cost_usd"])
+        time.sleep(0.5)  # for what comes after the answer, or must not come
+        return running.output.count(mark) > before
+
+    def limit(document: dict[str, Any]) -> None:
+        document["model_list"][0]["litellm_params"]["rpm"] = 1
+        document["router_settings"] = {"optional_pre_call_checks": ["enforce_model_rate_limits"]}
+
+    plain = running.config.read_text()
+    assert not counts()
+
+    twin = model("gpt", "openai/gpt-4o-mini", f"{provider.url}/twin/v1")
+    reload(running, lambda document: document["model_list"].append(twin))
+    assert counts()
+    provider.script = lambda got: Reply(b"{}", 401) if "twin" in got.path else usual_answer(got)
+    provider.got.clear()
+    wait_until(lambda: running.chat().status_code == 200 and any("twin" in got.path for got in provider.got))
+    provider.got.clear()
+    assert {running.chat().status_code for _ in range(8)} == {200} and len(provider.got) == 8  # the twin cools down
+
+    running.config.write_text(plain)
+    reload(running, limit)
+    assert counts() and running.chat().status_code == 429
+
+    reload(running, plain)
+    assert not counts() and len(costs) == 1 and all(cost > 0 for cost in costs)
+    assert running.stop() == 0
+
+
 def test_retries_are_as_the_config_says(provider: Provider) -> None:
     failing = iter([True, True, False])
     running = Proxy(config_for(provider, router_settings={"num_retries": 2, "retry_after": 0}))
