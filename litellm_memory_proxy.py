@@ -2108,6 +2108,10 @@ class Request:
         return len(given) == 1 and given[0].partition(";")[0].strip().lower() in FORM_TYPES
 
 
+def nothing(*_: Any) -> None:
+    """Stands for a callback where nobody wants to know."""
+
+
 @dataclass
 class Response:
     """One answer on its way to the client.
@@ -2120,6 +2124,9 @@ class Response:
         bodiless: it has no body by its nature (HEAD, 204, 304), and its fields say all about its length.
         tally: what becomes known of it on the way.
         backend: the name of the one that answered, where it is not the one that was asked.
+        began: called by the front with the first bytes of a streamed body.
+        done: called by the front once the answer is out, with None; else with the status to record: 499 where the
+            client left, 502 where the body broke off.
     """
 
     status: int
@@ -2131,6 +2138,8 @@ class Response:
     bodiless: bool = False
     tally: Tally = field(default_factory=Tally)
     backend: str | None = None
+    began: Callable[[], None] = nothing
+    done: Callable[[int | None], None] = nothing
 
     def discard(self) -> None:
         """Let go of an answer that nobody is to get."""
@@ -5485,47 +5494,6 @@ def is_loopback(name: str) -> bool:
         return name == "localhost" or name.endswith(".localhost")
 
 
-class WatchedBody:
-    """A streamed body that tells when it began and when it has ended.
-
-    Args:
-        began: called with the first bytes.
-        done: called once, with None where all of the body was taken, else with the status to record: 499 where the
-            client left, 502 where the body broke off.
-    """
-
-    def __init__(self, body: Iterator[bytes], began: Callable[[], None], done: Callable[[int | None], None]) -> None:
-        self._body, self._began, self._done = body, began, done
-        self._status: int | None = 499
-
-    def __iter__(self) -> WatchedBody:
-        return self
-
-    def __next__(self) -> bytes:
-        try:
-            data = next(self._body)
-        except StopIteration:
-            self._status = None
-            raise
-        except ProxyError:
-            self._status = 502
-            raise
-        if data:
-            self._began()
-            self._began = nothing
-        return data
-
-    def close(self) -> None:
-        """Close the body; the front calls this whatever happened."""
-        self._body.close()  # type: ignore[attr-defined]
-        done, self._done = self._done, nothing
-        done(self._status)
-
-
-def nothing(*_: Any) -> None:
-    """Stands for a callback that has been called."""
-
-
 class InFlight:
     """Counts the requests under way, from head to end, so that what serves them is not taken away before the last."""
 
@@ -5648,28 +5616,10 @@ class Application:
             response = self._error(defect(error, request.id, self._log), request)
         record.backend = response.backend or record.backend
         response.headers = self._headers(record, response)
-        if response.tunnel:
-            response.tunnel = self._watched_tunnel(record, response, response.tunnel)
-        elif isinstance(response.body, bytes):
-            record.ttft = record.seconds()
-            self._end(record, response)
-        else:
-            body = WatchedBody(response.body, record.first_byte, lambda status: self._end(record, response, status))
-            response.body = body
+        if isinstance(response.body, bytes):
+            record.first_byte()
+        response.began, response.done = record.first_byte, partial(self._end, record, response)
         return response
-
-    def _watched_tunnel(
-        self, record: Record, response: Response, tunnel: Callable[[socket.socket, bytes, bytes], None]
-    ) -> Callable[[socket.socket, bytes, bytes], None]:
-        """The same tunnel; with its end, the request has ended."""
-
-        def watched(client: socket.socket, head: bytes, early: bytes) -> None:
-            try:
-                tunnel(client, head, early)
-            finally:
-                self._end(record, response)
-
-        return watched
 
     def _headers(self, record: Record, response: Response) -> list[tuple[str, str]]:
         """The answer's header fields with ours in them."""
@@ -5946,6 +5896,10 @@ def last_answer(response: Response) -> bytes:
     return head_bytes(f"HTTP/1.1 {response.status} {reason_phrase(response.status)}", fields) + response.body
 
 
+class BrokenOff(ClientGone):
+    """The answer broke off after its head had gone out: the client is left without its end."""
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One client connection, from its first request to its close, in a thread of its own."""
 
@@ -5981,7 +5935,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             assert isinstance(request.body, ClientBody)
             # What is left of a body that nobody wanted would be taken for the next request.
             self.close_connection |= not request.body.finished
-            self._send(request, response)
+            self._deliver(request, response)
             if not request.body.finished:
                 self._linger()
         except ProxyError as error:  # the head was unusable, or never came, or the answer broke off before it began
@@ -6022,6 +5976,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.sendall(last_answer(self.server.application.refuse(error, request)))
         self._linger()
 
+    def _deliver(self, request: Request, response: Response) -> None:
+        """Write one answer, and tell how that ended: afterwards, when the client has no more to wait for."""
+        status: int | None = 499
+        try:
+            self._send(request, response)
+            status = None
+        except (ProxyError, BrokenOff):
+            status = 502
+            raise
+        finally:
+            response.done(status)
+
     def _send(self, request: Request, response: Response) -> None:
         """Write one answer."""
         body = response.body
@@ -6049,20 +6015,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             assert isinstance(request.peer, ClientPeer)
             request.peer.chunked = chunked
-            self._stream(request.peer, head, body)
+            self._stream(request.peer, head, body, response.began)
 
-    def _stream(self, peer: ClientPeer, head: bytes, body: Iterator[bytes]) -> None:
+    def _stream(self, peer: ClientPeer, head: bytes, body: Iterator[bytes], began: Callable[[], None]) -> None:
         """Write an answer as it comes. One that breaks off leaves the connection closed without its end marked."""
         try:
             for data in body:
+                if data:
+                    began()
+                    began = nothing
                 peer.write(head, data)
                 head = b""
             self.connection.sendall(head + (LAST_CHUNK if peer.chunked else b""))
         except ProxyError:
             if head:
                 raise
-            self.close_connection = True  # the head is out: all that is left to say is that the body is not whole
-            raise ClientGone from None
+            raise BrokenOff from None  # the head is out: all that is left to say is that the body is not whole
         finally:
             body.close()  # type: ignore[attr-defined]
 
