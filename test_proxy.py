@@ -6658,6 +6658,7 @@ def many_streams(mode: str) -> Callable[[Bench], Measured]:
     """How late the latest chunk of 500 streams comes; 20 ms between two beginnings."""
 
     def measure(bench: Bench) -> Measured:
+        bench.streams(mode, "chunks-5-0", 1)  # the first one imports what every one needs
         before = resident_bytes(bench.proxies[mode])
         peak = [before]
         done = threading.Event()
