@@ -51,6 +51,7 @@ POSIX only (Linux, macOS, WSL). Meant for loopback and small trusted networks: i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import marshal
 import os
 import sys
@@ -74,8 +75,8 @@ def start_over() -> None:
     with contextlib.suppress(OSError), tempfile.TemporaryFile() as code:
         marshal.dump(script.f_code, code)
         code.seek(0)
-        os.set_inheritable(code.fileno(), True)
-        ours = [COMPILED, str(code.fileno()), sys.path[0], __file__]
+        kept = fcntl.fcntl(code, fcntl.F_DUPFD, 3)  # over the exec, and beside 0 to 2, one of which may be closed
+        ours = [COMPILED, str(kept), sys.path[0], __file__]
         os.execv(sys.executable, [sys.executable, *options, "-c", *ours, *sys.argv])
 
 
@@ -89,7 +90,6 @@ if __name__ == "__main__":
 
 import argparse
 import enum
-import fcntl
 import fnmatch
 import gc
 import hmac
