@@ -3553,7 +3553,7 @@ def test_the_threads_of_requests_share_a_core_and_the_litellm_server_has_them_al
         return {task: os.sched_getaffinity(task) for task in tasks}
 
     everywhere = os.sched_getaffinity(0)
-    for running, expected in ((binary, 2), (sdk, 3)):  # the accepting thread, a connection's, the loop's
+    for running, expected in ((binary, 3), (sdk, 4)):  # the log's thread, the accepting one, a connection's, the loop's
         assert running.client.get("/health").status_code == 200
         found = cores(running)
         assert found.pop(running.process.pid) == everywhere
