@@ -1429,6 +1429,9 @@ def stay_home() -> None:
             os.sched_setaffinity(0, {home_core()})
 
 
+encode_json = json.JSONEncoder(default=str).encode  # made once: `json.dumps` with a default makes one each time
+
+
 class LogFile(RotatingFileHandler):
     """A rotated file; a disk that is full costs its lines and nothing else."""
 
@@ -1528,16 +1531,15 @@ class Log:
         return encode_json({**head, **fields})
 
     def _readable(self, event: LogEvent) -> str:
-        known = {key: value for key, value in event.fields.items() if value is not None}
-        message = known.pop("message", event.name)
-        text = " ".join([f"{event.component}: {message}", *(f"{k}={v}" for k, v in known.items())])
-        text = event.ended.readable() if event.ended else text
+        if event.ended:
+            text = event.ended.readable()
+        else:
+            known = {key: value for key, value in event.fields.items() if value is not None}
+            message = known.pop("message", event.name)
+            text = " ".join([f"{event.component}: {message}", *(f"{k}={v}" for k, v in known.items())])
         line = f"{event.time.astimezone():%H:%M:%S} {event.level.lower():<8} {text}"
         line = line.encode("utf-8", "replace").decode()
         return self.redact(one_line(line))
-
-
-encode_json = json.JSONEncoder(default=str).encode
 
 
 class LoggingHandler(logging.Handler):
@@ -5020,8 +5022,6 @@ def model_named_in(data: bytes) -> str:
     """
     found = MODEL_FIELD.findall(data)
     try:
-        if len(found) == 1 and b"\\" not in found[0]:
-            return str(found[0][1:-1], "utf-8")
         named = json.loads(data).get("model") if len(found) > 1 else json.loads(found[0]) if found else ""
     except (ValueError, AttributeError, RecursionError):
         return ""
@@ -5670,7 +5670,8 @@ class Application:
 
     def _route(self, record: Record, headers: Headers | None = None) -> Route:
         request = record.request
-        route = record.serving.route(headers or request.headers)
+        serving = record.serving
+        route = route_request(headers, serving.config.mappings) if headers else serving.route(request.headers)
         for pattern, user_id in route.invalid:
             if pattern.pattern not in self._reported:
                 self._reported.add(pattern.pattern)
@@ -5717,8 +5718,7 @@ class Application:
 
     def _watch_memory(self, response: Response) -> str | None:
         """What the memory service says of itself in an answer; LiteLLM's server puts a prefix before its headers."""
-        said = {name.lower(): value for name, value in response.headers if "supermemory" in name.lower()}
-        said = {name.removeprefix("llm_provider-"): value for name, value in said.items()}
+        said = {name.lower().removeprefix("llm_provider-"): value for name, value in response.headers}
         if not any(name.startswith("x-supermemory-") for name in said):
             return None
         error = said.get("x-supermemory-error")
