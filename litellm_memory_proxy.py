@@ -141,7 +141,7 @@ from itertools import accumulate, chain, groupby
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 from weakref import WeakSet
 
@@ -227,9 +227,10 @@ MAX_TOKENS = 10**12  # of one call; a larger figure is none
 # A thread may hold the interpreter for so long beside the SDK's loop: at 200 streams /health waits a fifth of what it
 # does with the default of 0.005. Forwarding alone keeps the default: with less, 16 clients get a third fewer answers.
 SWITCH_SECONDS = 0.001
-# New objects, and younger collections, before the garbage collector looks: with Python's own 700, 10, 10 it went
-# through all of 500 running streams 11 times in 35 s, 0.1 to 0.4 s each, and now twice.
-COLLECT_AFTER = (5000, 20, 20)
+# When the garbage collector looks: at young objects as usual, at all of them seldom. With Python's own 700, 10, 10 it
+# went through all of 500 running streams 11 times in 35 s, 0.1 to 0.4 s each; with more than 700, what LiteLLM leaves
+# behind of a stream lies about for longer, its conversation included.
+COLLECT_AFTER = (700, 10, 300)
 OWN = "own"  # the backend, in log and metrics, of the endpoints that are our own
 NONE = "-"  # stands there for a memory id or a model where there is none
 
@@ -1374,6 +1375,7 @@ KEY_SHAPES = re.compile(
 )
 KEY_HINTS = ("bearer", "://", "key", "sk-")  # one of these is in every text that matches: few texts need the search
 REDACTED = "[redacted]"
+PLAIN = frozenset((int, float, bool, type(None)))  # the types of values that can hold no secret
 
 
 class Redactor:
@@ -1388,7 +1390,7 @@ class Redactor:
         if self._values:
             text = self._values.sub(REDACTED, text)
         folded = text.casefold()
-        if not any(hint in folded for hint in KEY_HINTS):
+        if not any(map(folded.__contains__, KEY_HINTS)):
             return text
         return KEY_SHAPES.sub(lambda match: (match[1] or "") + REDACTED, text)
 
@@ -1440,14 +1442,14 @@ class LogFile(RotatingFileHandler):
 
 
 class LogEvent(NamedTuple):
-    """One event as it waits to be written; of the end of a request, the fields are formed only then."""
+    """One event as it waits to be written; what it says of a request that has ended is formed only then."""
 
     time: datetime
     level: str
     component: str
     name: str
     fields: Mapping[str, Any]
-    ended: Ended | None = None
+    outcome: Outcome | None = None
 
 
 class Log:
@@ -1478,14 +1480,14 @@ class Log:
                 raise StartError(f"--log-file {file}: {error.strerror}") from None
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
-    def event(self, level: str, component: str, event: str, *, ended: Ended | None = None, **fields: Any) -> None:
+    def event(self, level: str, component: str, event: str, *, outcome: Outcome | None = None, **fields: Any) -> None:
         """Write one event, with its fields or those of a request that has ended."""
         if getattr(logging, level) < self.level:
             return
         if len(self._events) >= MAX_LOG_LINES:
             self._dropped += 1
             return
-        self._events.append(LogEvent(datetime.now(timezone.utc), level, component, event, fields, ended))
+        self._events.append(LogEvent(datetime.now(timezone.utc), level, component, event, fields, outcome))
         if not self._waiting.is_set():  # waking a thread costs more than an event
             self._waiting.set()
 
@@ -1524,15 +1526,15 @@ class Log:
             "component": event.component,
             "event": event.name,
         }
-        fields = event.ended.fields() if event.ended else event.fields
-        texts = "\n".join(filter(None, map(str, fields.values())))
+        fields = event.outcome.fields() if event.outcome else event.fields
+        texts = "\n".join([str(value) for value in fields.values() if type(value) not in PLAIN])
         if self.redact(texts) != texts:  # seldom: one look at them all costs less than one at each
             fields = {name: self.redact.within(value) for name, value in fields.items()}  # the names are ours
         return encode_json({**head, **fields})
 
     def _readable(self, event: LogEvent) -> str:
-        if event.ended:
-            text = event.ended.readable()
+        if event.outcome:
+            text = event.outcome.readable()
         else:
             known = {key: value for key, value in event.fields.items() if value is not None}
             message = known.pop("message", event.name)
@@ -1604,13 +1606,16 @@ class Tally:
         """The figures so far. Anthropic counts cached input tokens beside the others, OpenAI among them."""
         counted = {name: value for name, value in self._counted.items() if value is not None}
         if not counted:
-            return Usage(cost_usd=self.known_cost)
+            return NO_USAGE if self.known_cost is None else Usage(cost_usd=self.known_cost)
         cached = sum(int(counted.get(f"cache_{kind}_input_tokens") or 0) for kind in ("read", "creation"))
         given = counted.get("prompt_tokens")
         tokens_in = given if given is not None else int(counted.get("input_tokens") or 0) + cached
         tokens_out = counted.get("completion_tokens", counted.get("output_tokens", 0))
         cost = self.price(counted) if self.known_cost is None else self.known_cost
         return Usage(int(tokens_in), int(tokens_out or 0), cost)
+
+
+NO_USAGE = Usage()
 
 
 class Outcome(NamedTuple):
@@ -1626,31 +1631,25 @@ class Outcome(NamedTuple):
     status: int
     seconds: float
     ttft: float | None = None
-    usage: Usage = Usage()
-
-
-class Ended(NamedTuple):
-    """A request that has ended, as its log line tells it."""
-
-    outcome: Outcome
-    request_id: str
-    method: str
-    path: str
-    memory_error: str | None
+    usage: Usage = NO_USAGE
+    request_id: str = ""
+    method: str = ""
+    path: str = ""
+    memory_error: str | None = None
 
     def fields(self) -> dict[str, Any]:
-        """What stands in the line as JSON."""
-        outcome, usage = self.outcome, self.outcome.usage
+        """What stands in its log line as JSON."""
+        usage = self.usage
         return {
             "request_id": self.request_id,
-            "user_id": None if outcome.user_id == NONE else outcome.user_id,
-            "model": None if outcome.model == NONE else outcome.model,
-            "backend": outcome.backend,
-            "status": outcome.status,
+            "user_id": None if self.user_id == NONE else self.user_id,
+            "model": None if self.model == NONE else self.model,
+            "backend": self.backend,
+            "status": self.status,
             "method": self.method,
             "path": self.path[:MAX_LOGGED],
-            "duration_ms": round(outcome.seconds * 1000, 1),
-            "ttft_ms": None if outcome.ttft is None else round(outcome.ttft * 1000, 1),
+            "duration_ms": round(self.seconds * 1000, 1),
+            "ttft_ms": None if self.ttft is None else round(self.ttft * 1000, 1),
             "tokens": usage.tokens,
             "input_tokens": usage.input_tokens,
             "output_tokens": usage.output_tokens,
@@ -1659,16 +1658,16 @@ class Ended(NamedTuple):
         }
 
     def readable(self) -> str:
-        """The line for a person at a terminal; method and path stand for the model where none is known."""
-        outcome, usage, ttft = self.outcome, self.outcome.usage, self.outcome.ttft
-        streamed = ttft is not None and outcome.seconds - ttft > 0.001
+        """Its log line for a person at a terminal; method and path stand for the model where none is known."""
+        usage, ttft = self.usage, self.ttft
+        streamed = ttft is not None and self.seconds - ttft > 0.001
         parts = (
-            outcome.user_id,
-            f"{self.method} {self.path[:MAX_LOGGED]}" if outcome.model == NONE else outcome.model,
-            outcome.backend,
-            "client left" if outcome.status == 499 else str(outcome.status),
+            self.user_id,
+            f"{self.method} {self.path[:MAX_LOGGED]}" if self.model == NONE else self.model,
+            self.backend,
+            "client left" if self.status == 499 else str(self.status),
             f"{usage.input_tokens}+{usage.output_tokens} tokens" if usage.tokens is not None else "",
-            f"{outcome.seconds:.2f} s" + (f" (first byte after {ttft:.2f} s)" if streamed else ""),
+            f"{self.seconds:.2f} s" + (f" (first byte after {ttft:.2f} s)" if streamed else ""),
             f"id={self.request_id}",
         )
         return "  ".join(part for part in parts if part)
@@ -1714,6 +1713,13 @@ FAMILIES = {
     "process_open_fds": ("gauge", "Number of open file descriptors."),
     "process_start_time_seconds": ("gauge", "Start time of the process since the Unix epoch in seconds."),
 }
+LABELS = {  # of the metrics that are counted
+    "requests_total": ("user_id", "model", "backend", "status"),
+    "tokens_total": ("user_id", "model", "backend", "direction"),
+    "cost_usd_total": ("user_id", "model", "backend"),
+    "errors_total": ("kind",),
+    "memory_errors_total": (),
+}
 BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 PERCENTILES = (50, 95, 99)
 
@@ -1755,7 +1761,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: defaultdict[str, Counter[Labels]] = defaultdict(Counter)
+        self._counts: defaultdict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)  # by the values of `LABELS`
         self._histograms = {name: Histogram() for name, (kind, _) in FAMILIES.items() if kind == "histogram"}
         self._known: dict[str, set[str]] = {"user_id": set(), "model": set()}
         self._in_flight = 0
@@ -1773,15 +1779,14 @@ class Metrics:
         usage = outcome.usage
         with self._lock:
             self._in_flight -= 1
-            client = (self._label("user_id", outcome.user_id), self._label("model", outcome.model))
-            labels = (*client, ("backend", outcome.backend))
-            self._count("requests_total", 1, *labels, ("status", f"{outcome.status // 100}xx"))
-            self._count("tokens_total", usage.input_tokens, *labels, ("direction", "in"))
-            self._count("tokens_total", usage.output_tokens, *labels, ("direction", "out"))
-            self._count("cost_usd_total", usage.cost_usd, *labels)
+            side = (self._bounded("user_id", outcome.user_id), self._bounded("model", outcome.model), outcome.backend)
+            self._count("requests_total", 1, *side, f"{outcome.status // 100}xx")
+            if usage != NO_USAGE:
+                self._count("tokens_total", usage.input_tokens, *side, "in")
+                self._count("tokens_total", usage.output_tokens, *side, "out")
+                self._count("cost_usd_total", usage.cost_usd, *side)
             if outcome.status >= 400:
-                kind = ERROR_KINDS.get(outcome.status, f"http_{outcome.status // 100}xx")
-                self._count("errors_total", 1, ("kind", kind))
+                self._count("errors_total", 1, ERROR_KINDS.get(outcome.status, f"http_{outcome.status // 100}xx"))
             if outcome.backend != OWN:
                 self._histograms["request_duration_seconds"].add(outcome.seconds)
                 if outcome.ttft is not None:
@@ -1793,21 +1798,26 @@ class Metrics:
             self.memory_degraded = failed
             self._count("memory_errors_total", int(failed))
 
-    def _label(self, name: str, value: str) -> tuple[str, str]:
+    def _bounded(self, name: str, value: str) -> str:
+        """The value of a label, or ``other`` where it would be one too many."""
         known = self._known[name]
-        if value not in known and len(known) >= MAX_LABELS:
-            return name, "other"
-        known.add(value)
-        return name, value
+        if value not in known:
+            if len(known) >= MAX_LABELS:
+                return "other"
+            known.add(value)
+        return value
 
-    def _count(self, name: str, amount: float | None, *labels: tuple[str, str]) -> None:
+    def _count(self, name: str, amount: float | None, *values: str) -> None:
         if amount is not None:
-            self._counts[name][labels] += amount  # type: ignore[assignment]
+            self._counts[name][values] += amount  # type: ignore[assignment]
 
     def samples(self) -> Figures:
         """Every figure but the histograms'."""
         with self._lock:
-            found: Figures = {name: dict(counts) for name, counts in self._counts.items()}
+            found: Figures = {
+                name: {tuple(zip(LABELS[name], values, strict=True)): count for values, count in counts.items()}
+                for name, counts in self._counts.items()
+            }
             recent = {name: histogram.recent() for name, histogram in self._histograms.items()}
             found["requests_in_flight"] = {(): self._in_flight}
             found["memory_degraded"] = {(): int(self.memory_degraded)}
@@ -2005,8 +2015,7 @@ REQUEST_LINE = re.compile(rf"({FIELD_NAME.pattern}) ([\x21-\x7e\x80-\xff]+) HTTP
 ABSOLUTE_TARGET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(/[^?#]*)?(\?[^#]*)?")
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 FIELD_LINES = re.compile(rf"(?:{FIELD_NAME.pattern}:[\t\x20-\x7e\x80-\xff]*(?:\r\n|$))*")
-FIELD = re.compile(r"([^:\r\n]+):([^\r\n]*)")  # of lines that are well-formed
-LENGTH_DIGITS = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?([0-9]{1,15})(?=\r\n|$)")
+LENGTH_DIGITS = re.compile(rb"\r\ncontent-length:[\t ]*([0-9]{1,15})[\t ]*(?![^\r])", re.I)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -2018,11 +2027,13 @@ HOP_BY_HOP = frozenset(
 )
 # What no Connection header can make hop-by-hop: without them a body would be taken for another request.
 END_TO_END = frozenset("content-length content-type content-encoding host".split())
+OURS = frozenset(["x-request-id", "x-proxy-backend"])  # of an answer that is passed on: the front's own stand there
 NO_BODY_STATUS = (204, 304)
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 BODILESS = 0  # framings besides a length in bytes
 CHUNKED = -1
 UNTIL_CLOSE = -2
+BY_DIGITS = -3  # a length, which is not in what is remembered of the head
 
 
 class Headers:
@@ -2039,7 +2050,11 @@ class Headers:
     @classmethod
     def parse(cls, lines: str) -> Headers:
         """From field lines, joined by CRLF, that `FIELD_LINES` has accepted."""
-        return cls([(name, value.strip(" \t")) for name, value in FIELD.findall(lines)])
+        parts = [line.partition(":") for line in lines.split("\r\n")] if lines else ()
+        return cls([(name, value.strip(" \t")) for name, _, value in parts])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index
 
     def values(self, name: str) -> list[str]:
         """Every value of the fields of this (lower-case) name, in order."""
@@ -2055,10 +2070,12 @@ class Headers:
             return []
         return [token.strip(" \t").lower() for token in self.get(name).split(",") if token.strip(" \t")]
 
-    def end_to_end(self, drop: Iterable[str] = ()) -> list[tuple[str, str]]:
+    def end_to_end(self, drop: frozenset[str] = frozenset()) -> list[tuple[str, str]]:
         """The fields that a proxy passes on: no hop-by-hop ones, none of the dropped (lower-case) names."""
-        dropped = HOP_BY_HOP.union(set(self.tokens("connection")) - END_TO_END, drop)
-        return [(name, value) for name, value in self.fields if name.lower() not in dropped]
+        dropped = HOP_BY_HOP | drop
+        if "connection" in self._index:
+            dropped |= set(self.tokens("connection")) - END_TO_END
+        return [field for field in self.fields if field[0].lower() not in dropped]
 
 
 def upgrades(headers: Headers) -> bool:
@@ -2099,37 +2116,79 @@ class Body(Protocol):
         """Its bytes as they come in."""
 
 
-@dataclass
-class Request:
-    """One request as it came in; ``path`` has no query and no host, ``target`` has both as the client sent them.
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A request's head, and what follows from it alone.
 
-    ``model`` is the one that the body names, once a backend has read it.
+    From request to request a client's heads are the same, but for the length of the body. So they are parsed without it
+    and remembered (`parse_head`), and others remember, by this very object, what they make of one.
+
+    Args:
+        target: in origin form, as the client sent it.
+        framing: of the body, as `request_framing` says.
     """
 
     method: str
     target: str
+    minor_version: int
     headers: Headers
-    body: Body
-    peer: Peer
-    minor_version: int = 1
-    id: str = ""
-    model: str = ""
+    framing: int
 
-    @property
+    @cached_property
     def path(self) -> str:
         """The path of the target, percent-encoded as sent."""
         return self.target.partition("?")[0]
-
-    @property
-    def query(self) -> dict[str, str]:
-        """The parameters of the target's query; of a name that stands twice, the last."""
-        return dict(parse_qsl(self.target.partition("?")[2], keep_blank_values=True))
 
     @cached_property
     def is_form(self) -> bool:
         """Whether the body is a form, such as an upload, and not JSON."""
         given = self.headers.values("content-type")
         return len(given) == 1 and given[0].partition(";")[0].strip().lower() in FORM_TYPES
+
+    @cached_property
+    def closes(self) -> bool:
+        """Whether the client closes its connection after this request (RFC 9112 §9.3)."""
+        wanted = self.headers.tokens("connection")
+        return "close" in wanted or (self.minor_version == 0 and "keep-alive" not in wanted)
+
+    @cached_property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for a 100 before it sends the body; raises ProxyError 417 for any other wait."""
+        expects = self.headers.tokens("expect")
+        if expects and expects != ["100-continue"]:
+            raise ProxyError(417, "Expect can only be 100-continue")
+        return bool(expects)
+
+
+@dataclass
+class Request:
+    """One request as it came in; ``model`` is the one that the body names, once a backend has read it."""
+
+    head: Head
+    body: Body
+    peer: Peer
+    id: str = ""
+    model: str = ""
+
+    @property
+    def method(self) -> str:
+        """``GET``, ``POST``, …"""
+        return self.head.method
+
+    @property
+    def path(self) -> str:
+        """The path of the target, percent-encoded as sent."""
+        return self.head.path
+
+    @property
+    def headers(self) -> Headers:
+        """The header fields."""
+        return self.head.headers
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The parameters of the target's query; of a name that stands twice, the last."""
+        return dict(parse_qsl(self.head.target.partition("?")[2], keep_blank_values=True))
 
 
 def nothing(*_: Any) -> None:
@@ -2149,8 +2208,8 @@ class Response:
         tally: what becomes known of it on the way.
         backend: the name of the one that answered, where it is not the one that was asked.
         began: called by the front with the first bytes of a streamed body.
-        done: called by the front once the answer is out, with None; else with the status to record: 499 where the
-            client left, 502 where the body broke off.
+        done: called by the front with the answer once it is out, and None; else with the status to record: 499 where
+            the client left, 502 where the body broke off.
     """
 
     status: int
@@ -2163,7 +2222,7 @@ class Response:
     tally: Tally = field(default_factory=Tally)
     backend: str | None = None
     began: Callable[[], None] = nothing
-    done: Callable[[int | None], None] = nothing
+    done: Callable[[Response, int | None], None] = nothing
 
     def discard(self) -> None:
         """Let go of an answer that nobody is to get."""
@@ -2193,24 +2252,25 @@ def parse_fields(lines: str) -> Headers:
     return headers
 
 
-def without_length(head: bytes) -> tuple[bytes, str]:
-    """A request head without the digits of its (first) Content-Length, and these; "" where it has none as usual."""
-    found = LENGTH_DIGITS.search(head)
-    if found is None:
-        return head, ""
-    return head[: found.start(1)] + head[found.end(1) :], found[1].decode()
-
-
-@lru_cache(maxsize=REMEMBERED_HEADS)
-def parse_request(head: bytes) -> tuple[str, str, int, Headers]:
-    """Method, origin-form target, minor version and headers of a request head without its final empty line.
-
-    It is remembered: a client's next head is the same, once it is `without_length`, and gets the same `Headers` object,
-    by which others remember what follows from a head.
+def request_head(data: bytes) -> tuple[Head, int]:
+    """A request's head from its bytes without the final empty line, and its body's length in bytes, or `CHUNKED`.
 
     Raises:
         ProxyError: 400 for a malformed head, 505 for another HTTP version, 431 for too many fields.
     """
+    found = LENGTH_DIGITS.search(data)
+    if found is None:
+        head = parse_head(data)
+        if head.framing == BY_DIGITS:
+            raise bad_length()
+        return head, head.framing
+    begin, end = found.span(1)
+    return parse_head(data[:begin] + data[end:]), int(data[begin:end])
+
+
+@lru_cache(maxsize=REMEMBERED_HEADS)
+def parse_head(head: bytes) -> Head:
+    """See `request_head`; the digits of the Content-Length are not there."""
     line, _, lines = head.decode("latin-1").partition("\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
@@ -2229,14 +2289,11 @@ def parse_request(head: bytes) -> tuple[str, str, int, Headers]:
         raise ProxyError(405, "CONNECT is refused: this is no tunnel", headers=[("Allow", "GET, HEAD, POST")])
     if not target.startswith("/") and target != "*":
         raise ProxyError(400, "the request target must be a path")
-    return method, target, int(minor), headers
+    return Head(method, target, int(minor), headers, request_framing(headers, int(minor)))
 
 
-def request_framing(headers: Headers, minor_version: int, digits: str = "") -> int:
-    """The framing of a request body (RFC 9112 §6): a length, or `CHUNKED`.
-
-    Args:
-        digits: of the Content-Length that stands empty in the headers (`without_length`).
+def request_framing(headers: Headers, minor_version: int) -> int:
+    """The framing of a request body (RFC 9112 §6): `BODILESS`, `CHUNKED`, or `BY_DIGITS`.
 
     Raises:
         ProxyError: 400 where two parsers could disagree on where the body ends.
@@ -2250,10 +2307,14 @@ def request_framing(headers: Headers, minor_version: int, digits: str = "") -> i
         raise ProxyError(400, "Transfer-Encoding is empty")
     if not lengths:
         return BODILESS
-    length = lengths[0] or digits
-    if len(lengths) > 1 or not (length.isascii() and length.isdigit() and len(length) <= 15):
-        raise ProxyError(400, "Content-Length must be one decimal number")
-    return int(length)
+    if lengths != [""]:
+        raise bad_length()
+    return BY_DIGITS
+
+
+def bad_length() -> ProxyError:
+    """The 400 of a Content-Length that is no number, or not the only one."""
+    return ProxyError(400, "Content-Length must be one decimal number")
 
 
 def response_framing(method: str, status: int, headers: Headers) -> int:
@@ -2264,10 +2325,11 @@ def response_framing(method: str, status: int, headers: Headers) -> int:
         if headers.tokens("transfer-encoding") != ["chunked"]:
             raise ProxyError(502, "the LiteLLM server's answer has a transfer coding other than chunked")
         return CHUNKED
-    lengths = set(headers.values("content-length"))
+    lengths = headers.values("content-length")
     if not lengths:
         return UNTIL_CLOSE
-    if len(lengths) > 1 or not (length := lengths.pop()).isascii() or not length.isdigit():
+    length = lengths[0]
+    if lengths.count(length) != len(lengths) or not (length.isascii() and length.isdigit()):
         raise ProxyError(502, "the LiteLLM server's answer has a malformed Content-Length")
     return int(length)
 
@@ -2416,8 +2478,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
     """A message head from its first line and its fields; what is not Latin-1 becomes a question mark."""
-    lines = [f"{name}: {value}\r\n" for name, value in fields]
-    return f"{first_line}\r\n{''.join(lines)}\r\n".encode("latin-1", "replace")
+    return "\r\n".join([first_line, *map(": ".join, fields), "\r\n"]).encode("latin-1", "replace")
 
 
 def sse_event(data: str, event: str | None = None) -> bytes:
@@ -2611,6 +2672,39 @@ class Call:
             self._channel.drain()
 
 
+class ClientWatch:
+    """Cancels a task of the loop when its client goes away."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, peer: Peer, task: asyncio.Task[None]) -> None:
+        self._loop, self._peer, self._task = loop, peer, task
+        self._descriptor = peer.fileno()
+        self._recheck: asyncio.TimerHandle | None = None
+        self.gone = False
+
+    def begin(self) -> None:
+        """Watch from now on."""
+        if self._descriptor >= 0:
+            self._loop.add_reader(self._descriptor, self._look)
+
+    def _look(self) -> None:
+        state = self._peer.state()
+        if state == "quiet":
+            return
+        self._loop.remove_reader(self._descriptor)
+        if state == "talking":  # its next request stays unread, and the descriptor readable: ask now and then
+            self._recheck = self._loop.call_later(TALKING_SECONDS, self._look)
+        else:
+            self.gone = True
+            self._task.cancel()
+
+    def end(self) -> None:
+        """Watch no more."""
+        if self._recheck:
+            self._recheck.cancel()
+        if self._descriptor >= 0:
+            self._loop.remove_reader(self._descriptor)
+
+
 class Bridge:
     """One event loop in a thread of its own, from `start` to `stop`."""
 
@@ -2682,37 +2776,17 @@ class Bridge:
         """Run ``produce`` under watch of the client's socket, and end the channel whatever happens."""
         import asyncio
 
-        task = asyncio.current_task()
-        descriptor = peer.fileno()
-        gone = False
-        recheck: asyncio.TimerHandle | None = None
-
-        def on_readable() -> None:
-            nonlocal gone, recheck
-            state = peer.state()
-            if state == "quiet":
-                return
-            self.loop.remove_reader(descriptor)
-            if state == "talking":  # its next request stays unread, and the descriptor readable: ask now and then
-                recheck = self.loop.call_later(TALKING_SECONDS, on_readable)
-            elif task:
-                gone = True
-                task.cancel()
-
+        watch = ClientWatch(self.loop, peer, cast("asyncio.Task[None]", asyncio.current_task()))
         error: Exception | None = None
         try:
-            if descriptor >= 0:
-                self.loop.add_reader(descriptor, on_readable)
+            watch.begin()
             await produce(channel)
         except asyncio.CancelledError:
-            error = ClientGone() if gone else ProxyError(503, "the proxy is stopping")
+            error = ClientGone() if watch.gone else ProxyError(503, "the proxy is stopping")
         except Exception as failure:
             error = failure
         finally:
-            if recheck:
-                recheck.cancel()
-            if descriptor >= 0:  # before the end is told: after it the socket may be closed
-                self.loop.remove_reader(descriptor)
+            watch.end()  # before the end is told: after it the socket may be closed
             channel.end(error)
 
     def stop(self) -> None:
@@ -2905,7 +2979,7 @@ class Session:
                 request.headers["cookie"] = cookie
             response = yield from self._sent(request, exchange)
             exchange.answered(response)
-            response.stream = self._watched(response.stream, exchange)
+            response.stream = self._watched(response, exchange)
             response.request = request
             self._keep_cookies(response)
             if not is_challenge(response):
@@ -3000,8 +3074,8 @@ def watched_body() -> Callable[[Any, Exchange], Any]:
     import httpx
 
     class WatchedAnswer(httpx.AsyncByteStream, httpx.SyncByteStream):
-        def __init__(self, stream: Any, exchange: Exchange) -> None:
-            self._stream, self._exchange = stream, exchange
+        def __init__(self, response: httpx.Response, exchange: Exchange) -> None:
+            self._response, self._stream, self._exchange = response, cast(Any, response.stream), exchange
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
             self._exchange.stream = self._stream
@@ -3017,10 +3091,17 @@ def watched_body() -> Callable[[Any, Exchange], Any]:
                     yield data
 
         async def aclose(self) -> None:
+            self._let_go()
             await self._stream.aclose()
 
         def close(self) -> None:
+            self._let_go()
             self._stream.close()
+
+        def _let_go(self) -> None:
+            # httpx.Client has made it a circle of answer and stream: with the request's body, which may be megabytes,
+            # that would lie about until the garbage collector comes by.
+            self._response.stream = self._stream
 
         @contextlib.contextmanager
         def _faults(self) -> Iterator[None]:
@@ -3147,7 +3228,7 @@ FORBIDDEN_PREFIXES = ("_", "aws_", "azure_", "gcs_", "s3_", "oci_", "sagemaker_"
 CREDENTIAL_HEADERS = frozenset("x-api-key x-goog-api-key x-litellm-api-key x-mcp-auth".split())
 # Provider headers that reach the client; those of its own connection (server, date, set-cookie, …) do not.
 PROVIDER_HEADERS = ("x-", "anthropic-", "openai-", "ratelimit-", "retry-after", "request-id")
-PROVIDER_HEADERS_DROPPED = frozenset("x-request-id x-accel-buffering x-frame-options x-powered-by".split())
+PROVIDER_HEADERS_DROPPED = OURS | {"x-accel-buffering", "x-frame-options", "x-powered-by"}
 
 # Settings of the config that decide on cooldowns and on retries.
 COOLDOWN_SETTINGS = frozenset("allowed_fails allowed_fails_policy cooldown_time disable_cooldowns".split())
@@ -4544,6 +4625,7 @@ def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
 
 # Fields of a JSON body whose contents LiteLLM's server sends to the provider as headers.
 HEADER_PARAMS = ("extra_headers", "provider_specific_header")
+OURS_AND_LENGTH = OURS | {"content-length"}
 
 
 class Upstream:
@@ -4611,42 +4693,42 @@ class Pool:
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream, self._lock = upstream, threading.Lock()
-        self._idle: deque[tuple[socket.socket, float]] = deque()
+        self._idle: deque[Connection] = deque()
         self._busy = 0
         self._closed = False
 
-    def take(self, *, fresh: bool = False) -> tuple[socket.socket, bool]:
-        """A connection, and whether it was used before; raises ProxyError 503 where none can be made."""
+    def take(self, *, fresh: bool = False) -> Connection:
+        """A connection for one exchange; raises ProxyError 503 where none can be made."""
         while not fresh:
             with self._lock:
                 if not self._idle:
                     break
-                sock, since = self._idle.pop()
+                connection = self._idle.pop()
                 self._busy += 1
-            idle = time.monotonic() - since
+            idle = time.monotonic() - connection.used_at
             # An idle connection that is readable was closed by its peer (or sends what nobody asked for).
-            if idle < JUST_USED_SECONDS or (idle < POOL_IDLE_SECONDS and not readable(sock)):
-                return sock, True
-            self.release(sock)
-        sock = self.upstream.connect()
+            if idle < JUST_USED_SECONDS or (idle < POOL_IDLE_SECONDS and not readable(connection.sock)):
+                return connection
+            self.release(connection)
+        connection = Connection(self.upstream.connect())
         with self._lock:
             self._busy += 1
-        return sock, False
+        return connection
 
-    def release(self, sock: socket.socket, *, keep: bool = False) -> None:
+    def release(self, connection: Connection, *, keep: bool = False) -> None:
         """Take back a connection, to be used again where a whole answer was read on it; close those idle for long."""
-        now = time.monotonic()
-        dropped = [] if keep else [sock]
+        connection.used_at = now = time.monotonic()
+        dropped = [] if keep else [connection]
         with self._lock:
             self._busy -= 1
             if keep:
-                self._idle.append((sock, now))
+                self._idle.append(connection)
             while self._idle and (
-                self._closed or len(self._idle) > POOL_SIZE or now - self._idle[0][1] > POOL_IDLE_SECONDS
+                self._closed or len(self._idle) > POOL_SIZE or now - self._idle[0].used_at > POOL_IDLE_SECONDS
             ):
-                dropped.append(self._idle.popleft()[0])
+                dropped.append(self._idle.popleft())
         for old in dropped:
-            old.close()
+            old.sock.close()
 
     def count(self) -> dict[str, int]:
         """How many connections are busy, and how many idle."""
@@ -4659,8 +4741,8 @@ class Pool:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, deque()
-        for sock, _ in idle:
-            sock.close()
+        for connection in idle:
+            connection.sock.close()
 
 
 def readable(sock: socket.socket) -> bool:
@@ -4683,17 +4765,23 @@ class Stale(Exception):
 
 
 class Connection(Reader):
-    """One exchange with the server: send a request, read its answer, under watch of the client.
+    """A connection to the server, for one exchange after another: send a request, read its answer.
 
     Args:
-        timeout: seconds that the server may be silent.
-        reused: it comes out of the pool, and may turn out to be `Stale`.
+        sock: as `Upstream.connect` makes it.
     """
 
-    def __init__(self, sock: socket.socket, peer: Peer, timeout: float, reused: bool) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         super().__init__()
-        self.sock, self._peer, self._timeout, self.reused = sock, peer, timeout, reused
-        self._tls = isinstance(sock, ssl.SSLSocket)
+        self.sock = sock
+        self.used_at = 0.0  # when an exchange ended on it, by the monotonic clock
+        tls = isinstance(sock, ssl.SSLSocket)
+        self._flags = 0 if tls else socket.MSG_DONTWAIT
+        self._early = 0 if tls else select.POLLIN  # an answer before the request is sent; TLS has messages of its own
+
+    def begin(self, peer: Peer, timeout: float) -> None:
+        """An exchange begins, under watch of the client; the server may be silent for ``timeout`` seconds."""
+        self._peer, self._timeout = peer, timeout
         self.peek: tuple[int, str, int, Headers] | None = None  # a head that was read before its turn
         self._begun = self._answered = False
         self._sent_at = 0.0
@@ -4710,7 +4798,7 @@ class Connection(Reader):
             except OSError:
                 data = b""
                 break
-        if not data and not self._answered and self.reused and time.monotonic() - self._sent_at < STALE_SECONDS:
+        if not data and not self._answered and self.used_at and time.monotonic() - self._sent_at < STALE_SECONDS:
             raise Stale
         self._answered = True
         return data
@@ -4739,17 +4827,15 @@ class Connection(Reader):
     def send(self, data: bytes) -> bool:
         """Send to the server; False where it answers or closes before it has taken everything. Raises ClientGone."""
         left = memoryview(data)
-        early = 0 if self._tls else select.POLLIN  # TLS has messages of its own
-        flags = 0 if self._tls else socket.MSG_DONTWAIT
         while left:
-            if self._begun and self._wait(select.POLLOUT | early) & ~select.POLLOUT:
+            if self._begun and self._wait(select.POLLOUT | self._early) & ~select.POLLOUT:
                 self._sent_at = time.monotonic()
                 if self._interim_only():
                     continue
                 return False
             self._begun = True  # an unused connection takes the first bytes without being asked
             try:
-                left = left[self.sock.send(left[:RECEIVE_BYTES], flags) :]
+                left = left[self.sock.send(left[:RECEIVE_BYTES], self._flags) :]
             except NOT_NOW:
                 continue
             except OSError:
@@ -4835,6 +4921,7 @@ class BinaryBackend:
     def __init__(self, config: Config, pool: Pool, server: LitellmServer | None = None) -> None:
         self.pool, self.server, self._upstream = pool, server, pool.upstream
         self._mappings, self._timeout = config.mappings, config.silent_seconds
+        self._kept_back = frozenset(kept_back(config.mappings))
         self._template = lru_cache(maxsize=REMEMBERED_HEADS)(self._make_template)
 
     def answer(self, request: Request, route: Route) -> Response:
@@ -4846,39 +4933,40 @@ class BinaryBackend:
         """
         if self.server and (reason := self.server.down()):
             raise unavailable(reason)
-        if request.body.framing and not request.is_form:  # LiteLLM's server takes all but forms for JSON
+        if request.body.framing and not request.head.is_form:  # LiteLLM's server takes all but forms for JSON
             data = request.body.read()
             request.model = model_named_in(data)
             refuse_smuggled_headers(data)
         head = self._head(request, route)
         try:  # a streamed body cannot be sent again, and so is not trusted to a connection that may be stale
-            return self._attempt(request, head, *self.pool.take(fresh=is_streamed(request)))
+            return self._attempt(request, head, self.pool.take(fresh=is_streamed(request)))
         except Stale:
-            return self._attempt(request, head, *self.pool.take(fresh=True))
+            return self._attempt(request, head, self.pool.take(fresh=True))
 
-    def _attempt(self, request: Request, head: bytes, sock: socket.socket, reused: bool) -> Response:
+    def _attempt(self, request: Request, head: bytes, connection: Connection) -> Response:
         """One try on one connection; raises `Stale` where another may do."""
+        connection.begin(request.peer, self._timeout)
         try:
-            return self._exchange(Connection(sock, request.peer, self._timeout, reused), request, head)
+            return self._exchange(connection, request, head)
         except OSError as error:
-            self.pool.release(sock)
+            self.pool.release(connection)
             raise ProxyError(502, f"the connection to the LiteLLM server broke ({error})", blame=BACKEND) from None
         except BaseException:
-            self.pool.release(sock)
+            self.pool.release(connection)
             raise
 
     def _head(self, request: Request, route: Route) -> bytes:
         """The request head for the server: the client's own but for what a proxy changes."""
-        before, after = self._template(request.headers, request.method, request.target)
-        added = "".join(f"{name}: {value}\r\n" for name, value in route.injected)
-        length = b"" if after is None else b"%d%b" % (request.body.framing, after)
-        return b"%b%b%bx-request-id: %b\r\n\r\n" % (before, length, added.encode(), request.id.encode())
+        before, after = self._template(request.head, route.injected)
+        length = b"%d" % request.body.framing if request.head.framing == BY_DIGITS else b""
+        return b"%b%b%b%b\r\n\r\n" % (before, length, after, request.id.encode())
 
-    def _make_template(self, headers: Headers, method: str, target: str) -> tuple[bytes, bytes | None]:
-        """What is the same in the head of every such request: the lines up to the length, if any, and from there on."""
+    def _make_template(self, head: Head, injected: tuple[tuple[str, str], ...]) -> tuple[bytes, bytes]:
+        """What is the same in the head of every such request: its bytes up to the length, if any, and up to the id."""
+        headers = head.headers
         fields = [
             (name, self._upstream.authority if name.lower() == "host" else value)
-            for name, value in headers.end_to_end(kept_back(self._mappings))
+            for name, value in headers.end_to_end(self._kept_back)
         ]
         if not headers.values("host"):
             fields.insert(0, ("Host", self._upstream.authority))
@@ -4887,10 +4975,11 @@ class BinaryBackend:
         if upgrades(headers):
             fields += [("Connection", "Upgrade"), ("Upgrade", headers.get("upgrade"))]
         mark = "\0"  # stands in no head
-        marked = [(name, mark if name.lower() == "content-length" and not value else value) for name, value in fields]
-        head = head_bytes(f"{method} {self._upstream.prefix}{target} HTTP/1.1", marked).removesuffix(b"\r\n")
-        before, found, after = head.partition(mark.encode())
-        return before, after if found else None
+        marked = [(name, mark if name.lower() == "content-length" else value) for name, value in fields]
+        line = f"{head.method} {self._upstream.prefix}{head.target} HTTP/1.1"
+        whole = head_bytes(line, [*marked, *injected, ("x-request-id", "")]).removesuffix(b"\r\n\r\n")
+        before, _, after = whole.partition(mark.encode())
+        return before, after
 
     def _exchange(self, connection: Connection, request: Request, head: bytes) -> Response:
         """Send the request and read the answer's head; its body is read as the front asks for it."""
@@ -4903,7 +4992,7 @@ class BinaryBackend:
         framing = response_framing(request.method, status, headers)
         keep = whole and minor == 1 and framing != UNTIL_CLOSE and "close" not in headers.tokens("connection")
         there = 0 < framing <= connection.buffered
-        fields = headers.end_to_end(("x-request-id", "content-length" if there or framing == CHUNKED else ""))
+        fields = headers.end_to_end(OURS_AND_LENGTH if there or framing == CHUNKED else OURS)
         if framing == BODILESS:
             self._finish(connection, keep)
             return Response(status, fields, b"", reason=reason, bodiless=True)
@@ -4919,14 +5008,15 @@ class BinaryBackend:
         """Send head and body; False where the server answered before it had all of the body."""
         framing = request.body.framing
         # Only a form has not been read yet: of all else the client has long been told to go on.
-        if framing and request.is_form and request.headers.tokens("expect") == ["100-continue"]:
+        if framing and request.head.is_form and request.head.expects_continue:
             if not connection.send(head) or not self._may_continue(connection, request):
                 return False
             head = b""
         if not is_streamed(request):
             data = request.body.read()  # small, or looked into already: one write, and it can be sent again
-            framed = ((chunk(data) if data else b"") + LAST_CHUNK) if framing == CHUNKED else data
-            return connection.send(head + framed)
+            if framing == CHUNKED:
+                data = (chunk(data) if data else b"") + LAST_CHUNK
+            return connection.send(head + data)
         for piece in request.body.pieces():
             if not connection.send(head + (chunk(piece) if framing == CHUNKED else piece)):
                 return False
@@ -4959,7 +5049,7 @@ class BinaryBackend:
 
     def _finish(self, connection: Connection, keep: bool) -> None:
         """The exchange is over; its connection is kept where the answer was whole and nothing came behind it."""
-        self.pool.release(connection.sock, keep=keep and not connection.buffered)
+        self.pool.release(connection, keep=keep and not connection.buffered)
 
     def _tunnel(self, connection: Connection, status: int, reason: str, headers: Headers) -> Response:
         """A 101: from here on bytes flow both ways, whatever they are."""
@@ -5001,7 +5091,7 @@ def unavailable(reason: str) -> ProxyError:
 def stated_cost(headers: Headers) -> float | None:
     """What LiteLLM's server says that a call cost, in US dollars; for streams it does not know yet."""
     try:
-        cost = float(headers.get("x-litellm-response-cost") or 0)
+        cost = float(headers.get("x-litellm-response-cost", "0"))
     except ValueError:
         return None
     return cost if 0 < cost < MAX_COST else None
@@ -5009,10 +5099,10 @@ def stated_cost(headers: Headers) -> float | None:
 
 def is_streamed(request: Request) -> bool:
     """Whether the body is sent on as it comes in, and not kept: a form that is large, or of unknown length."""
-    return request.is_form and not 0 <= request.body.framing <= RECEIVE_BYTES
+    return request.head.is_form and not 0 <= request.body.framing <= RECEIVE_BYTES
 
 
-MODEL_FIELD = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.){0,500}")')
+MODEL_FIELD = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.){0,500})"')
 
 
 def model_named_in(data: bytes) -> str:
@@ -5022,7 +5112,9 @@ def model_named_in(data: bytes) -> str:
     """
     found = MODEL_FIELD.findall(data)
     try:
-        named = json.loads(data).get("model") if len(found) > 1 else json.loads(found[0]) if found else ""
+        if len(found) == 1 and b"\\" not in found[0]:
+            return str(found[0], "utf-8")
+        named = json.loads(data).get("model") if found else ""
     except (ValueError, AttributeError, RecursionError):
         return ""
     return named if isinstance(named, str) else ""
@@ -5037,7 +5129,7 @@ def refuse_smuggled_headers(data: bytes) -> None:
     Raises:
         ProxyError: 400.
     """
-    if not any(hint in data for hint in (b"extra_headers", b"provider_specific_header", b"fallbacks", b"\\u")):
+    if not (b"extra_headers" in data or b"specific_header" in data or b"fallbacks" in data or b"\\u" in data):
         return
     if not data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return  # no object, no fields
@@ -5467,29 +5559,28 @@ class Access:
             ("Vary", "Origin"),
         ]
 
-    def preflight(self, request: Request) -> Response | None:
-        """The answer to a browser's question whether it may ask; None where the request is no such question."""
-        method = request.headers.get("access-control-request-method")
-        if request.method != "OPTIONS" or not method or not self.cors(request.headers):
-            return None
+    def preflight(self, head: Head) -> list[tuple[str, str]]:
+        """The fields that answer a browser's question whether it may ask; [] where the request is no such question."""
+        headers = head.headers
+        method = headers.get("access-control-request-method")
+        if head.method != "OPTIONS" or not method or not self.cors(headers):
+            return []
         allowed = [
             ("Access-Control-Allow-Methods", method),
-            ("Access-Control-Allow-Headers", request.headers.get("access-control-request-headers") or "*"),
+            ("Access-Control-Allow-Headers", headers.get("access-control-request-headers") or "*"),
             ("Access-Control-Max-Age", str(PREFLIGHT_SECONDS)),
         ]
-        if request.headers.get("access-control-request-private-network"):  # from the internet to loopback
+        if headers.get("access-control-request-private-network"):  # from the internet to loopback
             allowed.append(("Access-Control-Allow-Private-Network", "true"))
-        return Response(204, allowed, bodiless=True)
+        return allowed
 
 
-@lru_cache(maxsize=128)
 def host_name(authority: str) -> str:
     """The host of ``host:port`` in lower case, an IPv6 address without its brackets."""
     match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_-][a-z0-9._-]*))(?::\d*)?", authority.lower())
     return (match[1] or match[2]).rstrip(".") if match else ""
 
 
-@lru_cache(maxsize=128)
 def is_loopback(name: str) -> bool:
     """Whether a host name (lower case) is this machine's own and nobody else's: RFC 6761 §6.3, RFC 1122 §3.2.1.3."""
     try:
@@ -5546,9 +5637,9 @@ class Serving:
         return {**{name: row for rows in others for name, row in rows.items()}, **self.primary.health()}
 
     @cached_property
-    def route(self) -> Callable[[Headers], Route]:
-        """`route_request` under this config; it is remembered for the last heads."""
-        return lru_cache(maxsize=REMEMBERED_HEADS)(partial(route_request, mappings=self.config.mappings))
+    def route(self) -> Callable[[Head], Route]:
+        """The route of a request with this head under this config; it is remembered."""
+        return lru_cache(maxsize=REMEMBERED_HEADS)(lambda head: route_request(head.headers, self.config.mappings))
 
     def backend(self, route: Route) -> Backend:
         """The backend for a request with this route."""
@@ -5576,6 +5667,20 @@ class Record:
         self.ttft = self.seconds()
 
 
+class Admission(NamedTuple):
+    """What a front makes of a request's head, before it looks at a config or a body.
+
+    Args:
+        own: answers it, where it asks for an endpoint of our own.
+        preflight: the fields of its answer, where it is a browser's question whether it may ask.
+        cors: the fields that let a welcome page read the answer.
+    """
+
+    own: Callable[[Record], Response] | None = None
+    preflight: Sequence[tuple[str, str]] = ()
+    cors: Sequence[tuple[str, str]] = ()
+
+
 class Application:
     """What one front serves.
 
@@ -5587,6 +5692,7 @@ class Application:
         self._metrics, self._log, self._access = metrics, log, access
         self._reported: set[str] = set()  # patterns whose invalid ids were logged
         self._shown = lru_cache(maxsize=4 * MAX_LABELS)(partial(name_shown, redact=log.redact))
+        self._admit = lru_cache(maxsize=REMEMBERED_HEADS)(self._make_admission)
         self._own = {
             "/health": self._health,
             "/memory-routing/info": self._info,
@@ -5600,38 +5706,41 @@ class Application:
             pass  # it was replaced this very moment
         record = Record(request, time.monotonic(), serving)
         request.id = request_id_of(request.headers)
-        own = self._own.get(unquote(request.path))  # LiteLLM's server has a /health of its own, which calls every model
+        admission = Admission()
         self._metrics.begin()
         try:
-            self._access.refuse_strangers(request.headers)
-            preflight = self._access.preflight(request)
-            if preflight:
-                response = preflight
-            elif own:
-                response = self._answer_own(record, own)
+            admission = self._admit(request.head)
+            if admission.preflight:
+                response = Response(204, list(admission.preflight), bodiless=True)
+            elif admission.own:
+                response = self._answer_own(record, admission.own)
             else:
                 response = self._answer_model(record)
         except ProxyError as error:
             response = self._error(error, request)
         except ClientGone:
-            self._end(record, Response(499))
+            self._end(record, Response(499), None)
             raise
         except Exception as error:
             response = self._error(defect(error, request.id, self._log), request)
         record.backend = response.backend or record.backend
-        response.headers = self._headers(record, response)
+        side = serving.primary.name if record.backend == OWN else record.backend
+        cors = admission.cors
+        fields = response.headers
+        if cors:  # LiteLLM's server has such fields too
+            replaced = {name.lower() for name, _ in cors} - {"vary"}
+            fields = [field for field in fields if field[0].lower() not in replaced]
+        response.headers = [*fields, *cors, ("x-request-id", request.id), ("x-proxy-backend", side)]
         if isinstance(response.body, bytes):
             record.first_byte()
-        response.began, response.done = record.first_byte, partial(self._end, record, response)
+        response.began, response.done = record.first_byte, partial(self._end, record)
         return response
 
-    def _headers(self, record: Record, response: Response) -> list[tuple[str, str]]:
-        """The answer's header fields with ours in them."""
-        side = record.serving.primary.name if record.backend == OWN else record.backend
-        cors = self._access.cors(record.request.headers)
-        added = [*cors, ("x-request-id", record.request.id), ("x-proxy-backend", side)]
-        ours = {name.lower() for name, _ in added} - {"vary"}
-        return [field for field in response.headers if field[0].lower() not in ours] + added
+    def _make_admission(self, head: Head) -> Admission:
+        """Raises ProxyError 403 for a stranger."""
+        self._access.refuse_strangers(head.headers)
+        own = self._own.get(unquote(head.path))  # LiteLLM's server has a /health of its own, which calls every model
+        return Admission(own, self._access.preflight(head), self._access.cors(head.headers))
 
     def _answer_own(self, record: Record, own: Callable[[Record], Response]) -> Response:
         require_method(record.request, "GET", "HEAD")
@@ -5669,9 +5778,8 @@ class Application:
             )
 
     def _route(self, record: Record, headers: Headers | None = None) -> Route:
-        request = record.request
-        serving = record.serving
-        route = route_request(headers, serving.config.mappings) if headers else serving.route(request.headers)
+        request, serving = record.request, record.serving
+        route = route_request(headers, serving.config.mappings) if headers else serving.route(request.head)
         for pattern, user_id in route.invalid:
             if pattern.pattern not in self._reported:
                 self._reported.add(pattern.pattern)
@@ -5698,7 +5806,7 @@ class Application:
         dialect = dialect_of(request.path) if request else OPENAI
         return json_response(error.status, error.body(dialect), error.headers)
 
-    def _end(self, record: Record, response: Response, status: int | None = None) -> None:
+    def _end(self, record: Record, response: Response, status: int | None) -> None:
         """A request has ended: count it, log it. 499 says that the client left."""
         record.serving.in_flight.end()
         request = record.request
@@ -5710,15 +5818,21 @@ class Application:
             record.seconds(),
             record.ttft,
             response.tally.usage(),
+            request.id,
+            request.method,
+            request.path,
+            self._watch_memory(response),
         )
         self._metrics.end(outcome)
-        ended = Ended(outcome, request.id, request.method, request.path, self._watch_memory(response))
         name = "client_gone" if outcome.status == 499 else "answered"
-        self._log.event("DEBUG" if record.backend == OWN else "INFO", "request", name, ended=ended)
+        self._log.event("DEBUG" if record.backend == OWN else "INFO", "request", name, outcome=outcome)
 
     def _watch_memory(self, response: Response) -> str | None:
         """What the memory service says of itself in an answer; LiteLLM's server puts a prefix before its headers."""
-        said = {name.lower().removeprefix("llm_provider-"): value for name, value in response.headers}
+        said = {name.lower(): value for name, value in response.headers if "supermemory" in name.lower()}
+        if not said:
+            return None
+        said = {name.removeprefix("llm_provider-"): value for name, value in said.items()}
         if not any(name.startswith("x-supermemory-") for name in said):
             return None
         error = said.get("x-supermemory-error")
@@ -5956,23 +6070,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.server.connections.busy(self.connection):  # it had to make room, or came too late
             return None
         self._reader.deadline = time.monotonic() + HEAD_SECONDS
-        head = self._reader.head()
-        if head is None:
+        data = self._reader.head()
+        if data is None:
             return None
         self._reader.deadline, self._reader.seconds = math.inf, BODY_SECONDS
-        shape, digits = without_length(head)
-        method, target, minor, headers = parse_request(shape)
-        framing = request_framing(headers, minor, digits)
-        wanted = headers.tokens("connection")
-        self.close_connection = "close" in wanted or (minor == 0 and "keep-alive" not in wanted)
-        expects = headers.tokens("expect")
-        if expects and expects != ["100-continue"]:
-            raise ProxyError(417, "Expect can only be 100-continue")
-        peer = ClientPeer(self.connection, minor)
-        ask = (lambda: peer.interim(100, Headers(()))) if expects else None  # RFC 9110 §10.1.1
-        return Request(
-            method, target, headers, ClientBody(self._reader, framing, self.server.limits.body_bytes, ask), peer, minor
-        )
+        head, framing = request_head(data)
+        self.close_connection = head.closes
+        peer = ClientPeer(self.connection, head.minor_version)
+        ask = (lambda: peer.interim(100, Headers(()))) if head.expects_continue else None  # RFC 9110 §10.1.1
+        return Request(head, ClientBody(self._reader, framing, self.server.limits.body_bytes, ask), peer)
 
     def _refuse(self, error: ProxyError, request: Request | None) -> None:
         """Answer a request that could not be read, or not be served, and close."""
@@ -5990,7 +6096,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status = 502
             raise
         finally:
-            response.done(status)
+            response.done(response, status)
 
     def _send(self, request: Request, response: Response) -> None:
         """Write one answer."""
@@ -6002,7 +6108,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not response.bodiless and response.tunnel is None:
                 fields.append(("Content-Length", str(len(body))))
         elif response.length is None:
-            chunked = request.minor_version >= 1
+            chunked = request.head.minor_version >= 1
             closing |= not chunked
             if chunked:
                 fields.append(("Transfer-Encoding", "chunked"))

@@ -1393,7 +1393,7 @@ MALFORMED_HEADS = {
 @pytest.mark.parametrize(("head", "status"), MALFORMED_HEADS.items())
 def test_malformed_heads_are_refused(head: bytes, status: int) -> None:
     with pytest.raises(proxy.ProxyError) as caught:
-        proxy.parse_request(head)
+        proxy.request_head(head)
     assert caught.value.status == status
 
 
@@ -1417,10 +1417,21 @@ def test_malformed_heads_are_refused(head: bytes, status: int) -> None:
     ],
 )
 def test_ambiguous_framing_is_refused(lines: str) -> None:
-    headers = proxy.Headers.parse(lines)
     with pytest.raises(proxy.ProxyError) as caught:
-        proxy.request_framing(headers, 1)
+        proxy.request_head(f"POST / HTTP/1.1\r\nHost: localhost\r\n{lines}".encode())
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("line", ["Content-Length: {}", "content-length:{}", "CONTENT-LENGTH: \t {} \t"])
+def test_a_remembered_head_takes_the_length_of_each_request(line: str) -> None:
+    def read(length: str) -> tuple[proxy.Head, int]:
+        return proxy.request_head(f"POST / HTTP/1.1\r\nHost: a\r\n{line.format(length)}\r\nX-A: 1".encode())
+
+    head, framing = read("12")
+    assert framing == 12 and read("05") == (head, 5) and read("0") == (head, 0)
+    for length in ("", "-1", "1 2", "1,2", "1" * 16):
+        with pytest.raises(proxy.ProxyError):
+            read(length)
 
 
 class Pieces(proxy.Reader):
@@ -2041,6 +2052,22 @@ def check_slow_client(running: Proxy, provider: Provider, path: str, body: dict[
         assert resident_bytes(running) - before < 60_000_000
         taken = sum(len(data) for data, _ in zip(stream, range(300), strict=False))  # it goes on when the client does
         assert taken > 5_000_000 and sent > settled
+
+
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+def test_a_long_conversation_goes_with_its_answer(
+    request: pytest.FixtureRequest, provider: Provider, mode: str
+) -> None:
+    """It does not wait for the garbage collector, which counts objects and not bytes."""
+    running: Proxy = request.getfixturevalue(mode)
+    sizes = []
+    for _ in range(2):
+        for _ in range(20):
+            conversation = [{"role": "user", "content": "x" * 3_000_000}]
+            assert running.chat(messages=conversation).status_code == 200
+            provider.got.clear()
+        sizes.append(resident_bytes(running))
+    assert sizes[1] - sizes[0] < 15_000_000
 
 
 def resident_bytes(running: Proxy) -> int:
@@ -2731,8 +2758,8 @@ class FormBody:
 
 
 def form_fields(data: bytes, kind: str = "multipart/form-data; boundary=b") -> dict[str, Any]:
-    headers = proxy.Headers([("Content-Type", kind)])
-    return proxy.parse_form(proxy.Request("POST", "/", headers, FormBody(data), proxy.ClientPeer(socket.socket(), 1)))
+    head = proxy.Head("POST", "/", 1, proxy.Headers([("Content-Type", kind)]), len(data))
+    return proxy.parse_form(proxy.Request(head, FormBody(data), proxy.ClientPeer(socket.socket())))
 
 
 def form_part(params: str, content: bytes = b"x", end: bytes = b"--b--\r\n") -> bytes:
