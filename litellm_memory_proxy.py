@@ -1375,7 +1375,6 @@ KEY_SHAPES = re.compile(
 )
 KEY_HINTS = ("bearer", "://", "key", "sk-")  # one of these is in every text that matches: few texts need the search
 REDACTED = "[redacted]"
-PLAIN = frozenset((int, float, bool, type(None)))  # the types of values that can hold no secret
 
 
 class Redactor:
@@ -1527,10 +1526,11 @@ class Log:
             "event": event.name,
         }
         fields = event.outcome.fields() if event.outcome else event.fields
-        texts = "\n".join([str(value) for value in fields.values() if type(value) not in PLAIN])
-        if self.redact(texts) != texts:  # seldom: one look at them all costs less than one at each
-            fields = {name: self.redact.within(value) for name, value in fields.items()}  # the names are ours
-        return encode_json({**head, **fields})
+        line = encode_json({**head, **fields})
+        # A line without a backslash has every text as it is. Few have one, or a secret, and are looked at text by text.
+        if "\\" in line or self.redact(line) != line:
+            line = encode_json({**head, **{name: self.redact.within(value) for name, value in fields.items()}})
+        return line
 
     def _readable(self, event: LogEvent) -> str:
         if event.outcome:
@@ -2013,8 +2013,8 @@ class CircuitBreaker:
 
 REQUEST_LINE = re.compile(rf"({FIELD_NAME.pattern}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
 ABSOLUTE_TARGET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(/[^?#]*)?(\?[^#]*)?")
-STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: ([\t\x20-\x7e\x80-\xff]*))?")
-FIELD_LINES = re.compile(rf"(?:{FIELD_NAME.pattern}:[\t\x20-\x7e\x80-\xff]*(?:\r\n|$))*")
+FIELD_LINES = re.compile(rf"(?:\r\n{FIELD_NAME.pattern}:[\t\x20-\x7e\x80-\xff]*)*")  # each behind its line break
+ANSWER_HEAD = re.compile(rf"HTTP/1\.([01]) (\d{{3}})(?: ([\t\x20-\x7e\x80-\xff]*))?({FIELD_LINES.pattern})")
 LENGTH_DIGITS = re.compile(rb"\r\ncontent-length:[\t ]*([0-9]{1,15})[\t ]*(?![^\r])", re.I)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -2049,8 +2049,8 @@ class Headers:
 
     @classmethod
     def parse(cls, lines: str) -> Headers:
-        """From field lines, joined by CRLF, that `FIELD_LINES` has accepted."""
-        parts = [line.partition(":") for line in lines.split("\r\n")] if lines else ()
+        """From lines that `FIELD_LINES` has accepted."""
+        parts = [line.partition(":") for line in lines.split("\r\n")[1:]]
         return cls([(name, value.strip(" \t")) for name, _, value in parts])
 
     def __contains__(self, name: str) -> bool:
@@ -2239,7 +2239,7 @@ def json_response(status: int, document: Any, headers: Iterable[tuple[str, str]]
 
 
 def parse_fields(lines: str) -> Headers:
-    """Header fields from their lines, joined by CRLF.
+    """Header fields from their lines, each behind a CRLF.
 
     Raises:
         ProxyError: 400 for anything outside RFC 9112 §5 (space before the colon, folding, control characters), 431.
@@ -2271,14 +2271,15 @@ def request_head(data: bytes) -> tuple[Head, int]:
 @lru_cache(maxsize=REMEMBERED_HEADS)
 def parse_head(head: bytes) -> Head:
     """See `request_head`; the digits of the Content-Length are not there."""
-    line, _, lines = head.decode("latin-1").partition("\r\n")
+    text = head.decode("latin-1")
+    line = text.partition("\r\n")[0]
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
         raise ProxyError(400, "the request line is malformed")
     method, target, major, minor = match.groups()
     if major != "1":
         raise ProxyError(505, f"HTTP/{major}.{minor} is not spoken here, HTTP/1.1 is")
-    headers = parse_fields(lines)
+    headers = parse_fields(text[len(line) :])
     if len(headers.values("host")) != 1 and not (minor == "0" and not headers.values("host")):
         raise ProxyError(400, "the request must have exactly one Host header")
     absolute = ABSOLUTE_TARGET.fullmatch(target)
@@ -2442,7 +2443,7 @@ class Reader:
             line = self.line().decode("latin-1")
             if not line:
                 return
-            parse_fields(line)
+            parse_fields(f"\r\n{line}")
         raise ProxyError(431, f"the body has more than {MAX_HEADER_FIELDS} trailer fields")
 
 
@@ -4498,7 +4499,7 @@ def parse_form(request: Request) -> dict[str, Any]:
 def form_field(part: bytes) -> tuple[str, Any]:
     """Name and value of one part of a form, from the end of its delimiter on; raises ProxyError 400."""
     begin = part.find(b"\r\n\r\n", 0, MAX_PART_HEAD_BYTES)
-    headers = parse_fields(part[2:begin].decode("latin-1")) if begin > 0 else Headers(())
+    headers = parse_fields("\r\n" + part[2:begin].decode("latin-1")) if begin > 0 else Headers(())
     params = form_params(headers.get("content-disposition").encode("latin-1").decode("utf-8", "replace"))
     name, file_name, content = params.get("name"), params.get("filename"), part[begin + 4 :]
     if name is None:
@@ -4864,12 +4865,11 @@ class Connection(Reader):
             if error.status == 504:
                 raise
             raise ProxyError(502, BAD_ANSWER, blame=BACKEND) from None
-        line, _, lines = (head or b"").decode("latin-1").partition("\r\n")
-        match = STATUS_LINE.fullmatch(line)
-        if match is None or not FIELD_LINES.fullmatch(lines):
+        match = ANSWER_HEAD.fullmatch((head or b"").decode("latin-1"))
+        if match is None:
             said = "the LiteLLM server closed the connection" if head is None else BAD_ANSWER
             raise ProxyError(502, said, blame=BACKEND)
-        minor, status, reason = match.groups()
+        minor, status, reason, lines = match.groups()
         return int(status), reason or "", int(minor), Headers.parse(lines)
 
 
@@ -4938,22 +4938,21 @@ class BinaryBackend:
             request.model = model_named_in(data)
             refuse_smuggled_headers(data)
         head = self._head(request, route)
-        try:  # a streamed body cannot be sent again, and so is not trusted to a connection that may be stale
-            return self._attempt(request, head, self.pool.take(fresh=is_streamed(request)))
-        except Stale:
-            return self._attempt(request, head, self.pool.take(fresh=True))
-
-    def _attempt(self, request: Request, head: bytes, connection: Connection) -> Response:
-        """One try on one connection; raises `Stale` where another may do."""
-        connection.begin(request.peer, self._timeout)
-        try:
-            return self._exchange(connection, request, head)
-        except OSError as error:
-            self.pool.release(connection)
-            raise ProxyError(502, f"the connection to the LiteLLM server broke ({error})", blame=BACKEND) from None
-        except BaseException:
-            self.pool.release(connection)
-            raise
+        # A streamed body cannot be sent again, and so is not trusted to a connection that may be stale.
+        for fresh in (is_streamed(request), True):
+            connection = self.pool.take(fresh=fresh)
+            connection.begin(request.peer, self._timeout)
+            try:
+                return self._exchange(connection, request, head)
+            except Stale:
+                self.pool.release(connection)
+            except OSError as error:
+                self.pool.release(connection)
+                raise ProxyError(502, f"the connection to the LiteLLM server broke ({error})", blame=BACKEND) from None
+            except BaseException:
+                self.pool.release(connection)
+                raise
+        raise AssertionError  # a fresh connection is not stale
 
     def _head(self, request: Request, route: Route) -> bytes:
         """The request head for the server: the client's own but for what a proxy changes."""

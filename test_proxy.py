@@ -1143,7 +1143,7 @@ def test_an_example_is_a_header_value_that_its_pattern_matches(pattern: str) -> 
     example = proxy.example_of(checked)
     assert example and checked.regex.search(example[0]) and example[1] == "m"
     assert example[0] or pattern == "^$"  # an empty value would tell nobody anything
-    assert proxy.parse_fields(f"user-agent: {example[0]}").values("user-agent") == [example[0]]
+    assert proxy.parse_fields(f"\r\nuser-agent: {example[0]}").values("user-agent") == [example[0]]
 
 
 def test_an_example_shows_the_id_that_its_groups_give_and_is_left_out_where_none_is_known() -> None:
