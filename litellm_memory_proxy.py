@@ -5690,7 +5690,7 @@ class Application:
         self.serving: Serving  # set before the first request, and replaced as a whole: one under way keeps its own
         self._metrics, self._log, self._access = metrics, log, access
         self._reported: set[str] = set()  # patterns whose invalid ids were logged
-        self._shown = lru_cache(maxsize=4 * MAX_LABELS)(partial(name_shown, redact=log.redact))
+        self._shown = lru_cache(maxsize=4 * MAX_LABELS)(partial(name_shown, redact=lambda text: log.redact(text)))
         self._admit = lru_cache(maxsize=REMEMBERED_HEADS)(self._make_admission)
         self._own = {
             "/health": self._health,

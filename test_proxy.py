@@ -4380,6 +4380,16 @@ def reload(running: Proxy, change: Callable[[dict[str, Any]], Any] | str, event:
     wait_until(lambda: running.output.count(f'"event": "{event}"') > count)
 
 
+def test_a_secret_of_a_new_config_is_in_no_metric(provider: Provider) -> None:
+    running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url)
+    reload(running, lambda document: document["general_settings"].update(master_key="correct.horse-battery"))
+    running.chat("correct.horse-battery", headers={"x-memory-user-id": "correct.horse-battery"})
+    wait_until(lambda: "[redacted]" in running.output)
+    shown = running.client.get("/metrics").text
+    assert 'user_id="[redacted]",model="[redacted]"' in shown and "horse" not in shown + running.output
+    assert running.stop() == 0
+
+
 def test_a_new_config_is_taken_over_by_the_next_request(shared_provider: Provider, provider: Provider) -> None:
     running = Proxy(config_for(shared_provider, litellm_settings={"drop_params": True}), "--mode", "sdk")
     env_file = running.config.with_name(".env")
