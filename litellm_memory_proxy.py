@@ -90,6 +90,7 @@ if __name__ == "__main__":
 
 import argparse
 import enum
+import errno
 import fnmatch
 import gc
 import hmac
@@ -6179,10 +6180,13 @@ class Connections:
         return len(self._busy)
 
     def admit(self, sock: socket.socket) -> bool:
-        """Take in a new connection, in the place of the longest idle one if need be; False where there is none."""
+        """Take in a new connection, in the place of the longest idle one if need be; False where there is none.
+
+        One whose request has come in, and is about to be read, is not idle any more.
+        """
         with self._lock:
             if len(self._busy) >= self._limit:
-                idle = next((other for other, busy in self._busy.items() if not busy), None)
+                idle = next((other for other, busy in self._busy.items() if not (busy or readable(other))), None)
                 if idle is None:
                     return False
                 del self._busy[idle]
@@ -6276,6 +6280,15 @@ class Front(http.server.ThreadingHTTPServer):
         """Bind without http.server's look-up of the host's name, which may wait for DNS."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def get_request(self) -> tuple[Any, Any]:
+        """The next connection; one for which no open file is left waits, and would be asked for without a pause."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(ACCEPT_SECONDS)
+            raise
 
     def verify_request(self, request: Any, _client_address: Any) -> bool:
         """Whether there is room for one more connection; if not, it is told so at once, without a thread."""

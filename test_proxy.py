@@ -4220,6 +4220,34 @@ def test_the_usual_limit_of_open_files_is_no_limit_of_connections(provider: Prov
     assert running.stop() == 0
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux changes the limits of a running process")
+def test_connections_for_which_there_is_no_open_file_wait_and_cost_nothing(forward: Proxy) -> None:
+    spent = samples_of(forward)["process_cpu_seconds_total"]
+    limits = resource.prlimit(forward.process.pid, resource.RLIMIT_NOFILE)
+    files = len(list(Path(f"/proc/{forward.process.pid}/fd").iterdir()))
+    resource.prlimit(forward.process.pid, resource.RLIMIT_NOFILE, (files + 2, limits[1]))
+    try:
+        waiting = [socket.create_connection(("127.0.0.1", forward.port), 5) for _ in range(8)]
+        time.sleep(2)
+        assert samples_of(forward)["process_cpu_seconds_total"] - spent < 1
+    finally:
+        resource.prlimit(forward.process.pid, resource.RLIMIT_NOFILE, limits)
+    waiting[-1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert waiting[-1].recv(15) == b"HTTP/1.1 200 OK"
+    for sock in waiting:
+        sock.close()
+
+
+def test_a_connection_whose_request_has_come_in_makes_room_for_none() -> None:
+    connections = proxy.Connections(1)
+    (first, client), (second, _) = socket.socketpair(), socket.socketpair()
+    assert connections.admit(first)
+    client.send(b"G")
+    assert not connections.admit(second)
+    first.recv(1)
+    assert connections.admit(second) and first.recv(1) == b""
+
+
 CHAT_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
 # What a client sends at first, and then every few seconds → how long it may, and the status that it then gets.
 SLOW_CLIENTS = {
