@@ -54,6 +54,7 @@ import contextlib
 import fcntl
 import marshal
 import os
+import signal
 import sys
 import tempfile
 
@@ -86,6 +87,8 @@ COMPILED = (
 )
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: Ctrl-C shows no traceback of what is being loaded
     start_over()
 
 import argparse
@@ -105,7 +108,6 @@ import re
 import resource
 import select
 import shutil
-import signal
 import socket
 import socketserver
 import ssl
@@ -8219,13 +8221,10 @@ def load(arguments: argparse.Namespace) -> int:
 
 
 def parity(arguments: argparse.Namespace) -> int:
-    """Compare the two modes and print a row for each feature; returns 1 on a difference, 130 after Ctrl-C, else 0."""
+    """Compare the two modes and print a row for each feature; returns 1 on a difference, else 0."""
     config = load_config(arguments.config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it must not leave the two modes behind either
-    try:
-        rows = compare_modes(config, arguments.model or ())
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    rows = compare_modes(config, arguments.model or ())
     redact = Redactor(config.secrets | environment_secrets())
     for line in aligned([("feature", "binary", "sdk", "verdict"), *rows]):
         print(printable(redact(line)))
@@ -8245,13 +8244,17 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code: 0, 1 where a command found something, 2 where it could not start."""
+    """The program; returns its exit code: 0, 1 where a command found something, 2 where it could not start, or 130."""
     for name in ("stdout", "stderr"):  # Python has None there where the caller has closed it
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     arguments = build_parser().parse_args(argv)
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return COMMANDS[arguments.command](arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except StartError as error:
         print(f"error: {Redactor(environment_secrets())(str(error))}", file=sys.stderr)
         return 2

@@ -657,6 +657,15 @@ def test_a_script_that_is_called_stays_with_its_caller(tmp_path: Path, caller: t
     assert "pdb" not in caller or "exited via sys.exit(). Exit status: 2" in result.stdout
 
 
+@pytest.mark.parametrize(("module", "status"), [("yaml", -signal.SIGINT), ("dotenv", 130)])
+def test_ctrl_c_during_the_start_ends_it_without_a_traceback(tmp_path: Path, module: str, status: int) -> None:
+    (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    config = write_config(tmp_path, {"model_list": []})
+    command = [sys.executable, str(MODULE), "--config", config]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(PYTHONPATH=str(tmp_path)))
+    assert (result.returncode, result.stdout, result.stderr) == (status, "", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(("--port", "x"), "usage: litellm_memory_proxy.py [-h]"), (("--config", "none.yaml"), "error: none.yaml: ")],
