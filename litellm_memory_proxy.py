@@ -2017,7 +2017,7 @@ class CircuitBreaker:
 REQUEST_LINE = re.compile(rf"({FIELD_NAME.pattern}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
 ABSOLUTE_TARGET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(/[^?#]*)?(\?[^#]*)?")
 FIELD_LINES = re.compile(rf"(?:\r\n{FIELD_NAME.pattern}:[\t\x20-\x7e\x80-\xff]*)*")  # each behind its line break
-ANSWER_HEAD = re.compile(rf"HTTP/1\.([01]) (\d{{3}})(?: ([\t\x20-\x7e\x80-\xff]*))?({FIELD_LINES.pattern})")
+ANSWER_HEAD = re.compile(rf"HTTP/1\.([01]) ([1-9]\d\d)(?: ([\t\x20-\x7e\x80-\xff]*))?({FIELD_LINES.pattern})")
 LENGTH_DIGITS = re.compile(rb"\r\ncontent-length:[\t ]*([0-9]{1,15})[\t ]*(?![^\r])", re.I)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BARE_LF = re.compile(rb"(?<!\r)\n")

@@ -3400,6 +3400,7 @@ def test_a_websocket_flows_both_ways_after_its_101() -> None:
     [
         (b"", 502),
         (b"HTTP/1.1 2\r\n\r\n", 502),
+        (b"HTTP/1.1 000 Nothing\r\n\r\n", 502),
         (b"HTTP/1.1 200 OK\r\nBad : x\r\n\r\n", 502),
         (b"garbage\r\n\r\n", 502),
         (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", 502),
