@@ -4270,6 +4270,7 @@ def import_litellm(log: Log) -> Any:
         log.event("WARNING", "sdk", "undeclared", message=hint)
     warnings.filterwarnings("ignore", module="pydantic")  # LiteLLM's models do not always fit what it puts in them
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of use to whoever works on this, not to users
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # of a call that was cancelled as it began
     litellm.suppress_debug_info = True
     litellm.disable_hf_tokenizer_download = True  # it would hold the loop, and with it every client, for half a minute
     litellm.telemetry = False

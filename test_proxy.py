@@ -2030,6 +2030,18 @@ def check_hang_up(running: Proxy, provider: Provider, path: str, body: dict[str,
     assert got.gone.wait(2), "the provider was not told that the client left"
 
 
+def test_clients_that_leave_at_once_are_no_warning(sdk: Proxy, provider: Provider) -> None:
+    data = json.dumps({**messages_body(), "stream": True}).encode()
+    head = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data)
+    for number in range(60):
+        with socket.create_connection(("127.0.0.1", sdk.port), 10) as sock:
+            sock.sendall(head + data)
+            time.sleep(number % 6 * 0.001)
+    wait_until(lambda: samples_of(sdk)["memory_proxy_requests_in_flight"] == 1)
+    time.sleep(0.2)  # for the log
+    assert "never awaited" not in sdk.output
+
+
 def test_a_slow_client_holds_back_the_stream_and_not_the_memory(sdk: Proxy, provider: Provider) -> None:
     check_slow_client(sdk, provider, "/v1/messages", body_for("/v1/messages", "claude", stream=True))
 
