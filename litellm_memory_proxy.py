@@ -1555,8 +1555,12 @@ class LoggingHandler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage().partition("Traceback (most recent call last)")[0]
-        self._log.event(record.levelname, record.name, "message", message=" ".join(text.split()))
+        try:
+            text = record.getMessage().partition("Traceback (most recent call last)")[0]
+        except (TypeError, ValueError):  # arguments that do not fit: the library's mistake must not fail its call
+            text = str(record.msg)
+        level = logging.getLevelName(min(record.levelno // 10 * 10, logging.CRITICAL))  # there may be levels of its own
+        self._log.event(level, record.name, "message", message=" ".join(text.split()))
 
 
 def take_in_logging(log: Log) -> None:

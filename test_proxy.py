@@ -22,6 +22,7 @@ import http.client
 import importlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -1247,6 +1248,20 @@ def test_a_log_line_cannot_be_forged(tmp_path: Path) -> None:
             stream.seek(0)
             text = stream.read()
         assert text.count("\n") == 1 and "\r" not in text and "\x1b" not in text and "\u2028" not in text
+
+
+def test_what_a_library_logs_wrongly_fails_no_call_of_its_own() -> None:
+    log = proxy.Log(io.StringIO(), as_json=True, redact=proxy.Redactor())
+    logger = logging.Logger("library")
+    logger.addHandler(proxy.LoggingHandler(log))
+    logger.warning("%d of %d", "some")
+    logger.log(logging.WARNING + 5, "a level of its own")
+    log.flush()
+    lines = [json.loads(line) for line in log._stream.getvalue().splitlines()]
+    assert [(line["level"], line["message"]) for line in lines] == [
+        ("WARNING", "%d of %d"),
+        ("WARNING", "a level of its own"),
+    ]
 
 
 def outcome(user_id: str = "a", status: int = 200, **more: Any) -> proxy.Outcome:
