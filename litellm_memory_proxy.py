@@ -4931,6 +4931,8 @@ class BinaryBackend:
         self._mappings, self._timeout = config.mappings, config.silent_seconds
         self._kept_back = frozenset(kept_back(config.mappings))
         self._template = lru_cache(maxsize=REMEMBERED_HEADS)(self._make_template)
+        authority, prefix = re.escape(self._upstream.authority), re.escape(self._upstream.prefix)
+        self._own_place = re.compile(rf"(?i:https?://{authority})?{prefix}(?=/(?!/)|$)")
 
     def answer(self, request: Request, route: Route) -> Response:
         """Forward one request.
@@ -4961,6 +4963,12 @@ class BinaryBackend:
                 self.pool.release(connection)
                 raise
         raise AssertionError  # a fresh connection is not stale
+
+    def _lead_through_us(self, field: tuple[str, str]) -> tuple[str, str]:
+        """A header field; of a redirect to the server, without the server's place: past us, no memory is injected."""
+        name, value = field
+        there = self._own_place.match(value) if name.lower() == "location" else None
+        return (name, value[there.end() :] or "/") if there else field
 
     def _head(self, request: Request, route: Route) -> bytes:
         """The request head for the server: the client's own but for what a proxy changes."""
@@ -5000,6 +5008,8 @@ class BinaryBackend:
         keep = whole and minor == 1 and framing != UNTIL_CLOSE and "close" not in headers.tokens("connection")
         there = 0 < framing <= connection.buffered
         fields = headers.end_to_end(OURS_AND_LENGTH if there or framing == CHUNKED else OURS)
+        if 300 <= status < 400:
+            fields = list(map(self._lead_through_us, fields))
         if framing == BODILESS:
             self._finish(connection, keep)
             return Response(status, fields, b"", reason=reason, bodiless=True)

@@ -3197,6 +3197,26 @@ def test_every_method_and_path_is_forwarded(forward: Proxy, provider: Provider, 
     assert (provider.last.method, provider.last.path) == (method, "/health/readiness?x=1")
 
 
+def test_a_redirect_of_the_server_leads_through_the_proxy(binary: Proxy, provider: Provider) -> None:
+    headers = {"user-agent": "claude-cli/2"}
+    answer = binary.client.post("/v1/chat/completions/", json=chat_body(), headers=headers, follow_redirects=True)
+    assert (answer.status_code, answer.url) == (200, f"{binary.url}/v1/chat/completions")
+    assert answer.history and provider.last.header("x-sm-user-id") == "claude-code"
+
+
+@pytest.mark.parametrize("prefix", ["", "/base"])
+def test_other_redirects_stay_as_they_are(provider: Provider, prefix: str) -> None:
+    running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url + prefix)
+    own, secure = provider.url + prefix, provider.url.replace("http:", "HTTPS:") + prefix
+    places = {f"{own}/a?b=/c": "/a?b=/c", f"{secure}/a": "/a", own: "/", f"{prefix}/a": "/a"}
+    for place in (f"{own}//other.example/a", f"{provider.url}0/a", "http://other.example/a", "//other.example/a", "a"):
+        places[place] = place
+    for place, shown in places.items():
+        provider.script = lambda _got, place=place: Reply(status=302, headers={"location": place})
+        assert running.client.get("/ui").headers["location"] == shown
+    assert running.stop() == 0
+
+
 def test_a_head_answer_keeps_its_length_and_has_no_body(forward: Proxy, provider: Provider) -> None:
     answer = forward.raw(b"HEAD /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     length = len(usual_answer(Got("HEAD", "/x", [], b"")).body)
