@@ -3054,7 +3054,8 @@ class Session:
             self._jar.save(part, ignore_discard=True)
             Path(part).replace(self._file)
         except OSError as error:
-            Path(part).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a read-only disk refuses this too, though there is no such file
+                Path(part).unlink()
             self._log.event("WARNING", "session", "cookie_file", message=f"{self._file} cannot be written: {error}")
 
     def forget(self, name: str) -> None:
@@ -5342,7 +5343,8 @@ class LitellmServer:
                 pass
             break
         self._thread.join(CHILD_STOP_SECONDS)
-        self._copy.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none, or the disk is read-only
+            self._copy.unlink()
 
 
 def server_answers(port: int) -> bool:

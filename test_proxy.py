@@ -41,7 +41,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
@@ -2509,6 +2509,14 @@ def test_odd_cookies_do_no_harm(provider: Provider, tmp_path: Path) -> None:
     assert running.stop() == 0
 
 
+def test_a_cookie_file_that_cannot_be_written_is_a_warning(provider: Provider, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    running = Proxy(config_for(provider), "--mode", "sdk", "--cookie-file", str(tmp_path / "file" / "cookies"))
+    assert sdk_ok(running, "/v1/messages", "claude")  # the provider sets a cookie
+    wait_until(lambda: "cookies cannot be written" in running.output)
+    assert running.stop() == 0
+
+
 def sdk_ok(running: Proxy, path: str, name: str) -> bool:
     return running.post(path, body_for(path, name)).status_code == 200
 
@@ -3644,6 +3652,17 @@ def test_the_threads_of_requests_share_a_core_and_the_litellm_server_has_them_al
         home = min(found.values(), key=len)
         assert len(home) == 1 and list(found.values()).count(home) >= expected
     assert os.sched_getaffinity(server_pid(binary)) == everywhere
+
+
+def test_a_litellm_server_is_stopped_where_its_copy_of_the_config_cannot_be_removed(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9")]})
+    (tmp_path / "file").touch()
+    config = replace(proxy.load_config(path), path=str(tmp_path / "file" / "config.yaml"))
+    log = proxy.Log(io.StringIO(), as_json=True, redact=proxy.Redactor())
+    server = proxy.LitellmServer(config, free_port(), log)
+    server.start()
+    wait_until(lambda: server._process)
+    server.stop()
 
 
 def test_a_litellm_server_that_dies_under_load_is_started_again(binary: Proxy, provider: Provider) -> None:
