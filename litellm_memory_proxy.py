@@ -6781,17 +6781,16 @@ class PidFile:
 
     def __enter__(self) -> PidFile:
         try:
-            file = self._path.open("a+")
+            file = self._path.open("ab", buffering=0)  # else what a full disk does not take is tried again at its close
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._status.unlink(missing_ok=True)  # of one that was killed
+            file.truncate(0)
+            file.write(b"%d\n" % os.getpid())
         except OSError as error:
             taken = isinstance(error, BlockingIOError)
             message = "another proxy runs with this config" if taken else f"{self._path}: {error.strerror}"
             self._log.event("WARNING", "program", "pid_file", message=f"{message}: rollback does not reach this one")
             return self
-        self._status.unlink(missing_ok=True)  # of one that was killed
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
         self._file = file
         return self
 

@@ -4484,6 +4484,13 @@ def reload(running: Proxy, change: Callable[[dict[str, Any]], Any] | str, event:
     wait_until(lambda: running.output.count(f'"event": "{event}"') > count)
 
 
+def test_a_pid_file_that_the_disk_does_not_take_is_no_reason_not_to_start(tmp_path: Path) -> None:
+    script = script_copy(tmp_path)
+    (script.parent / "config.yaml.pid").symlink_to("/dev/full")
+    with front_from(script):
+        pass
+
+
 def test_a_secret_of_a_new_config_is_in_no_metric(provider: Provider) -> None:
     running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url)
     reload(running, lambda document: document["general_settings"].update(master_key="correct.horse-battery"))
