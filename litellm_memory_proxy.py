@@ -2086,8 +2086,11 @@ class Headers:
 
 
 def upgrades(headers: Headers) -> bool:
-    """Whether a message asks for, or agrees to, another protocol on its connection (RFC 9110 §7.8)."""
-    return "upgrade" in headers.tokens("connection") and bool(headers.values("upgrade"))
+    """Whether a message asks for, or agrees to, a WebSocket on its connection (RFC 9110 §7.8).
+
+    Other protocols are not offered here, and who asks for one (Java's own client wants HTTP/2) goes on without it.
+    """
+    return "upgrade" in headers.tokens("connection") and headers.tokens("upgrade") == ["websocket"]
 
 
 class Peer(Protocol):

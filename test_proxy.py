@@ -2945,6 +2945,15 @@ def test_a_websocket_attempt_is_told_to_use_http(sdk: Proxy, provider: Provider)
     assert sdk.post(RESPONSES, {"model": "gpt", "input": "hello"}).status_code == 200
 
 
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+def test_javas_own_client_which_would_like_http_2_gets_its_answer(
+    request: pytest.FixtureRequest, provider: Provider, mode: str
+) -> None:
+    headers = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAEAAEAAAAIAAAABAAMAAABk"}
+    assert request.getfixturevalue(mode).chat(headers=headers).status_code == 200
+    assert not {"upgrade", "http2-settings"} & {name.lower() for name, _ in provider.last.headers}
+
+
 def test_models_have_the_shape_of_the_clients_api(sdk: Proxy) -> None:
     plain = sdk.client.get("/v1/models?limit=2").json()
     assert plain["object"] == "list" and len(plain["data"]) > 2
@@ -3413,7 +3422,7 @@ def test_a_websocket_under_load_in_both_directions_does_not_lock_up() -> None:
 
     def script(sock: socket.socket, _number: int) -> None:
         read_head(sock)
-        sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n")
+        sock.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
         sock.sendall(b"y" * size)  # all of it before it reads
         left = size
         while left > 0:
@@ -3421,7 +3430,7 @@ def test_a_websocket_under_load_in_both_directions_does_not_lock_up() -> None:
         sock.sendall(b"end")
 
     with in_front_of(script) as (running, _), socket.create_connection(("127.0.0.1", running.port), 20) as sock:
-        sock.sendall(b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+        sock.sendall(b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
         read_head(sock)
         sender = threading.Thread(target=sock.sendall, args=(b"z" * size,), daemon=True)
         sender.start()
