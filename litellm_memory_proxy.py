@@ -195,7 +195,6 @@ TURN_SECONDS = 0.005  # after which a stream that has more ready lets the others
 TALKING_SECONDS = 0.5  # between two looks at a client whose next request already waits
 STALE_SECONDS = 0.5  # a pooled connection that closes this soon after a request had been closed before it
 SOON_SECONDS = 0.05  # the server's answer is waited for alone so long, and then along with the client's going away
-JUST_USED_SECONDS = 0.1  # a pooled connection is taken without a look whether it has been closed meanwhile
 REMEMBERED_HEADS = 128  # what follows from a request head is worked out once: a client repeats it but for the length
 
 POOL_IDLE_SECONDS = 4.0  # uvicorn, under LiteLLM's server, closes idle connections after 5 s
@@ -4718,9 +4717,8 @@ class Pool:
                     break
                 connection = self._idle.pop()
                 self._busy += 1
-            idle = time.monotonic() - connection.used_at
-            # An idle connection that is readable was closed by its peer (or sends what nobody asked for).
-            if idle < JUST_USED_SECONDS or (idle < POOL_IDLE_SECONDS and not readable(connection.sock)):
+            # One with something to read was closed by the server, or would give an answer to whom it is not meant for.
+            if time.monotonic() - connection.used_at < POOL_IDLE_SECONDS and not readable(connection.sock):
                 return connection
             self.release(connection)
         connection = Connection(self.upstream.connect())

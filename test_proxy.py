@@ -3336,6 +3336,23 @@ def test_a_stale_connection_is_replaced_without_the_client_noticing() -> None:
             assert upstream.count == count
 
 
+def test_an_answer_that_nobody_asked_for_reaches_nobody() -> None:
+    asked = threading.Event()
+
+    def script(sock: socket.socket, number: int) -> None:
+        while read_head(sock):
+            sock.sendall(OK)
+            if number == 0:
+                time.sleep(0.02)
+                sock.sendall(OK.replace(b"ok", b"no"))
+                asked.set()
+
+    with in_front_of(script) as (running, upstream):
+        assert running.client.get("/x").text == "ok"
+        assert asked.wait(10)
+        assert running.client.get("/x").text == "ok" and upstream.count == 2
+
+
 def test_connections_to_the_server_are_pooled(forward: Proxy) -> None:
     def script(sock: socket.socket, _number: int) -> None:
         while read_head(sock):
