@@ -2525,9 +2525,10 @@ def sse_error(error: ProxyError, dialect: str) -> bytes:
 
 
 class _End(NamedTuple):
-    """The last item of a channel: ``error`` is what the task raised, or None."""
+    """The last item of a channel: what the task raised, or what it returned."""
 
     error: Exception | None
+    last: Any
 
 
 class Channel:
@@ -2598,10 +2599,10 @@ class Channel:
         finally:
             self._waiter = None
 
-    def end(self, error: Exception | None) -> None:
-        """Say that nothing more comes."""
+    def end(self, error: Exception | None, last: Any) -> None:
+        """Say that nothing more comes than this last item, unless it is None."""
         self._flush()
-        self._items.put(_End(error))
+        self._items.put(_End(error, last))
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():
@@ -2616,6 +2617,8 @@ class Channel:
             if not isinstance(item, _End):
                 return self._taken(item)
             self._ended = item
+            if item.last is not None:
+                return item.last
         if self._ended.error is not None:
             raise self._ended.error
         raise StopIteration
@@ -2662,7 +2665,7 @@ class Call:
         self._channel, self._cancel = channel, cancel
 
     def first(self) -> Any:
-        """The first item, the head of the answer; raises what the coroutine raised."""
+        """The head of the answer, or the whole of it; raises what the coroutine raised."""
         return self._channel.get()
 
     def __iter__(self) -> Call:
@@ -2670,10 +2673,6 @@ class Call:
 
     def __next__(self) -> bytes:
         return self._channel.get_all()
-
-    def finish(self) -> None:
-        """Wait until the coroutine has let go of everything, the client's socket included."""
-        self._channel.drain()
 
     def close(self) -> None:
         """Cancel the coroutine where it is still at work, and wait until it has let go of everything."""
@@ -2767,8 +2766,11 @@ class Bridge:
 
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
-    def call(self, produce: Callable[[Channel], Awaitable[None]], peer: Peer) -> Call:
-        """Start a coroutine that puts its answer into a channel; it is cancelled when the client goes away."""
+    def call(self, produce: Callable[[Channel], Awaitable[Any]], peer: Peer) -> Call:
+        """Start a coroutine that puts its answer into a channel; it is cancelled when the client goes away.
+
+        What it returns comes with the end: the thread wakes once for it, when the client's socket is its own again.
+        """
         channel = Channel(self.loop, peer.write_now)
         task: list[asyncio.Task[None]] = []
 
@@ -2782,22 +2784,23 @@ class Bridge:
 
         return Call(channel, cancel)
 
-    async def _guard(self, produce: Callable[[Channel], Awaitable[None]], channel: Channel, peer: Peer) -> None:
+    async def _guard(self, produce: Callable[[Channel], Awaitable[Any]], channel: Channel, peer: Peer) -> None:
         """Run ``produce`` under watch of the client's socket, and end the channel whatever happens."""
         import asyncio
 
         watch = ClientWatch(self.loop, peer, cast("asyncio.Task[None]", asyncio.current_task()))
         error: Exception | None = None
+        last: Any = None
         try:
             watch.begin()
-            await produce(channel)
+            last = await produce(channel)
         except asyncio.CancelledError:
             error = ClientGone() if watch.gone else ProxyError(503, "the proxy is stopping")
         except Exception as failure:
             error = failure
         finally:
             watch.end()  # before the end is told: after it the socket may be closed
-            channel.end(error)
+            channel.end(error, last)
 
     def stop(self) -> None:
         """Cancel what still runs and close the loop."""
@@ -3925,8 +3928,8 @@ class SdkBackend:
             params["cache"] = {**(params.get("cache") or {}), "namespace": route.user_id}
         headers = upstream_headers(request, route, self._config.mappings)
 
-        async def produce(channel: Channel) -> None:
-            await self._produce(channel, endpoint, params, headers, dialect_of(request.path), tally)
+        async def produce(channel: Channel) -> Response | None:
+            return await self._produce(channel, endpoint, params, headers, dialect_of(request.path), tally)
 
         call = self._bridge.call(produce, request.peer)
         try:
@@ -3936,8 +3939,6 @@ class SdkBackend:
             raise
         if response.body is CALL_BODY:
             response.body = call
-        else:
-            call.finish()
         response.tally = tally
         return response
 
@@ -4027,8 +4028,8 @@ class SdkBackend:
         headers: dict[str, str],
         dialect: str,
         tally: Tally,
-    ) -> None:
-        """Call LiteLLM and put the answer into the channel: its head, then, where it is streamed, its events."""
+    ) -> Response | None:
+        """Call LiteLLM; returns a whole answer, and puts a streamed one into the channel: its head, then its events."""
         exchange = Exchange()
         EXCHANGE.set(exchange)
         self._runtime.uncounted.set(not self._counting)
@@ -4054,8 +4055,7 @@ class SdkBackend:
                 tally.add(result.get("usage") if isinstance(result, dict) else getattr(result, "usage", None))
                 tally.known_cost = hidden_params(result).get("response_cost")  # mostly known by now: pricing takes time
                 kind, body = endpoint.write(result, served_model(result, model))
-                await channel.put(Response(200, [("Content-Type", kind), *provider_headers(exchange)], body))
-                return
+                return Response(200, [("Content-Type", kind), *provider_headers(exchange)], body)
             async for data in endpoint.frames(result, served_model(result, model), tally):
                 await opening.put(data)
             opening.end()
@@ -4070,6 +4070,7 @@ class SdkBackend:
             if hasattr(result, "aclose"):
                 await result.aclose()
             await exchange.close()
+        return None
 
     def _check_keys(self, model: str) -> None:
         """Raises ProxyError 401 for a model without a key, unless the config has fallbacks, which may help it."""

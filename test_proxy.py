@@ -1652,6 +1652,21 @@ def test_a_call_can_wait_until_what_it_sent_has_gone_out(bridge: proxy.Bridge) -
     assert list(call) == [] and waited.is_set()
 
 
+def test_what_a_call_returns_comes_when_it_has_let_go_of_the_client(bridge: proxy.Bridge) -> None:
+    async def produce(channel: proxy.Channel) -> str:
+        return "whole"
+
+    async def is_watched() -> bool:
+        return bridge.loop.remove_reader(ours)
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for _ in range(100):
+            call = bridge.call(produce, SocketPeer(ours))
+            assert call.first() == "whole"
+            assert not bridge.run(is_watched()) and list(call) == []
+
+
 def test_the_bridge_hands_over_what_was_raised(bridge: proxy.Bridge) -> None:
     async def produce(channel: proxy.Channel) -> None:
         await channel.put(b"one")
