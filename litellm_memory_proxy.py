@@ -2921,6 +2921,7 @@ class Session:
 
     def install(self, transports: Iterable[type]) -> None:
         """Make these httpx transport classes, synchronous or asynchronous, send through this session."""
+        look_for_cookies_where_some_are_set()
         for transport in transports:
             for name, wrap in (("handle_async_request", self._asynchronous), ("handle_request", self._synchronous)):
                 if name in vars(transport):
@@ -3081,6 +3082,19 @@ class Session:
         """The ``session_manager`` row of ``/health``."""
         status = "unhealthy" if self.fault else "healthy"
         return {"status": status, "cookie_count": self.cookie_count, **({"reason": self.fault} if self.fault else {})}
+
+
+def look_for_cookies_where_some_are_set() -> None:
+    """Spare httpx's clients the search of an answer without cookies for some: it takes 4 % of a call."""
+    from httpx import Cookies
+
+    extract = Cookies.extract_cookies
+
+    def extract_cookies(self: httpx.Cookies, response: httpx.Response) -> None:
+        if "set-cookie" in response.headers:
+            extract(self, response)
+
+    Cookies.extract_cookies = extract_cookies  # type: ignore[method-assign]
 
 
 def watched_body() -> Callable[[Any, Exchange], Any]:

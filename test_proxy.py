@@ -2536,6 +2536,15 @@ def sdk_ok(running: Proxy, path: str, name: str) -> bool:
     return running.post(path, body_for(path, name)).status_code == 200
 
 
+def test_only_an_answer_that_sets_cookies_is_searched_for_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx.Cookies, "extract_cookies", httpx.Cookies.extract_cookies)  # as it was, at the end
+    proxy.look_for_cookies_where_some_are_set()
+    found, request = httpx.Cookies(), httpx.Request("GET", "http://127.0.0.1/")
+    found.extract_cookies(httpx.Response(200))  # httpx would need its request for that
+    found.extract_cookies(httpx.Response(200, headers={"set-cookie": "name=value"}, request=request))
+    assert dict(found) == {"name": "value"}
+
+
 def test_a_stale_connection_to_a_provider_is_replaced() -> None:
     """The provider closes each kept connection when its second request comes."""
 
