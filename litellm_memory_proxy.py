@@ -226,6 +226,7 @@ LOG_FLUSH_SECONDS = 1.0  # at the end, for whoever reads our output
 MAX_MODEL = 200  # characters of a model's name in log and metrics
 MAX_COST = 1e6  # US dollars of one call; a larger figure is none
 MAX_TOKENS = 10**12  # of one call; a larger figure is none
+COUNTED_AT_ONCE = 100  # requests; half a millisecond
 # A thread may hold the interpreter for so long beside the SDK's loop: at 200 streams /health waits a fifth of what it
 # does with the default of 0.005. Forwarding alone keeps the default: with less, 16 clients get a third fewer answers.
 SWITCH_SECONDS = 0.001
@@ -1744,11 +1745,11 @@ class Histogram:
         self._durations = array("d", [0.0]) * MAX_DURATIONS
         self._next = 0
 
-    def add(self, seconds: float) -> None:
-        """Take in one duration."""
+    def add(self, seconds: float, when: float) -> None:
+        """Take in a duration that ended at this time of the monotonic clock."""
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.sum += seconds
-        self._when[self._next], self._durations[self._next] = time.monotonic(), seconds
+        self._when[self._next], self._durations[self._next] = when, seconds
         self._next = (self._next + 1) % MAX_DURATIONS
 
     def recent(self) -> list[float]:
@@ -1763,7 +1764,11 @@ def percentile(ordered: Sequence[float], percent: int) -> float | None:
 
 
 class Metrics:
-    """What was served and how it went; one lock, at most `MAX_LABELS` memory ids and models."""
+    """What was served and how it went; one lock, at most `MAX_LABELS` memory ids and models.
+
+    Requests that have ended are counted when somebody asks, or when there are `COUNTED_AT_ONCE`: one behind the other
+    they take a third of what each takes alone, between two requests, and no client waits for it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -1771,6 +1776,7 @@ class Metrics:
         self._histograms = {name: Histogram() for name, (kind, _) in FAMILIES.items() if kind == "histogram"}
         self._known: dict[str, set[str]] = {"user_id": set(), "model": set()}
         self._in_flight = 0
+        self._ended: deque[tuple[float, Outcome]] = deque()
         self._started = time.time()
         self.memory_degraded = False
         self.sources: list[Callable[[], Figures]] = []  # figures that others keep, read when somebody asks
@@ -1782,8 +1788,15 @@ class Metrics:
 
     def end(self, outcome: Outcome) -> None:
         """A request that had begun has ended."""
-        usage = outcome.usage
-        with self._lock:
+        self._ended.append((time.monotonic(), outcome))
+        if len(self._ended) >= COUNTED_AT_ONCE:
+            with self._lock:
+                self._settle()
+
+    def _settle(self) -> None:
+        while self._ended:
+            when, outcome = self._ended.popleft()
+            usage = outcome.usage
             self._in_flight -= 1
             side = (self._bounded("user_id", outcome.user_id), self._bounded("model", outcome.model), outcome.backend)
             self._count("requests_total", 1, *side, f"{outcome.status // 100}xx")
@@ -1794,9 +1807,9 @@ class Metrics:
             if outcome.status >= 400:
                 self._count("errors_total", 1, ERROR_KINDS.get(outcome.status, f"http_{outcome.status // 100}xx"))
             if outcome.backend != OWN:
-                self._histograms["request_duration_seconds"].add(outcome.seconds)
+                self._histograms["request_duration_seconds"].add(outcome.seconds, when)
                 if outcome.ttft is not None:
-                    self._histograms["time_to_first_token_seconds"].add(outcome.ttft)
+                    self._histograms["time_to_first_token_seconds"].add(outcome.ttft, when)
 
     def memory_answered(self, *, failed: bool) -> None:
         """The memory service has shown itself in an answer's headers."""
@@ -1820,6 +1833,7 @@ class Metrics:
     def samples(self) -> Figures:
         """Every figure but the histograms'."""
         with self._lock:
+            self._settle()
             found: Figures = {
                 name: {tuple(zip(LABELS[name], values, strict=True)): count for values, count in counts.items()}
                 for name, counts in self._counts.items()
