@@ -452,7 +452,7 @@ ID_RULE = f"memory id ({MEMORY_ID.pattern})"
 MAPPING_KEYS = ("custom_header", "header_patterns", "default_user_id", "inject_header", "conversation")
 CONVERSATION_KEYS = ("from_headers", "inject_header")
 PATTERN_KEYS = ("header", "pattern", "user_id")
-SECRET_KEY = re.compile(r"(?i)(api[_-]?key|master_key|secret|token|password|credential|authorization)")
+SECRET_KEY = re.compile(r"(?i)(api[_-]?key|master_key|secret|token|password|credential(?!_name)|authorization)")
 MIN_SECRET_LENGTH = 6  # shorter values ("x", "none") would be redacted out of ordinary words
 MAX_VALUES = 1_000_000  # of a config with its YAML aliases written out; ten lines of aliases can be 10 ** 10 values
 MAX_SHOWN = 60  # characters of a wrong value in a message
@@ -628,6 +628,7 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
     environment.update(environment_variables(document.get("environment_variables"), environment, problems))
     missing: list[tuple[str, str]] = []
     resolved = resolve(document, "", environment, missing)
+    missing.extend(missing_of_credentials(resolved, missing, problems))
     models, missing_keys = check_models(resolved, missing, problems)
     mappings = check_mappings(resolved.get("user_id_mappings"), problems)
     check_sections(resolved, problems)
@@ -918,6 +919,33 @@ def resolve(value: Any, where: str, environment: Mapping[str, str], missing: lis
     return value
 
 
+def missing_of_credentials(
+    document: Mapping[str, Any], missing: Sequence[tuple[str, str]], problems: list[Problem]
+) -> list[tuple[str, str]]:
+    """What the deployments lack of the credentials that they name (LiteLLM's ``credential_list``), as in ``missing``.
+
+    What a deployment says itself wins over its credential.
+    """
+    lists = (document.get("credential_list"), document.get("model_list"))
+    credentials, models = (entries if isinstance(entries, list) else () for entries in lists)
+    named = {
+        str(entry.get("credential_name")): f"credential_list[{index}].credential_values."
+        for index, entry in enumerate(credentials)
+        if isinstance(entry, dict)
+    }
+    lacking: list[tuple[str, str]] = []
+    for index, entry in enumerate(models):
+        params = {} if model_problems(entry, "") else entry["litellm_params"]
+        name = params.get("litellm_credential_name")
+        where = f"model_list[{index}].litellm_params.litellm_credential_name"
+        if name and str(name) not in named:
+            problems.append(Problem(where, "is not in credential_list", warning=True))
+        elif name:
+            under, own = named[str(name)], {f"{named[str(name)]}{key}" for key in params}
+            lacking.extend((where, unset) for path, unset in missing if path.startswith(under) and path not in own)
+    return lacking
+
+
 def check_models(
     document: dict[str, Any], missing: list[tuple[str, str]], problems: list[Problem]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -952,9 +980,10 @@ def deployments(entries: Any, missing: list[tuple[str, str]]) -> list[tuple[str,
             continue
         names = dict.fromkeys(name for path, name in missing if path.startswith(f"{where}."))
         # Which keys LiteLLM finds in the environment by itself, only LiteLLM knows.
-        there = "present" if any(secrets_in(entry["litellm_params"])) else "none named"
+        params = entry["litellm_params"]
+        there = "present" if any(secrets_in(params)) or params.get("litellm_credential_name") else "none named"
         key = f"missing: set {' and '.join(names)}" if names else there
-        rows.append((entry["model_name"], entry["litellm_params"]["model"], key))
+        rows.append((entry["model_name"], params["model"], key))
     return rows
 
 
@@ -8139,9 +8168,9 @@ def move_traffic(arguments: argparse.Namespace, use_sdk: bool) -> int:
     path, wanted = arguments.config, "sdk" if use_sdk else "binary"
     before = running_proxy(path)
     set_use_sdk(path, use_sdk)
-    print(f"{path}: use_sdk_proxy is {str(use_sdk).lower()}")
+    say(f"{path}: use_sdk_proxy is {str(use_sdk).lower()}")
     if before is None:
-        print("no proxy runs with this config: it counts at the next start")
+        say("no proxy runs with this config: it counts at the next start")
         return 1
     pid, status = before
     if not status["loads"]:  # it is starting, and may have read the config before or after the change
@@ -8149,12 +8178,12 @@ def move_traffic(arguments: argparse.Namespace, use_sdk: bool) -> int:
     os.kill(pid, signal.SIGHUP)
     now = await_load(path, status["loads"])
     for problem in now["problems"]:
-        print(f"error: the proxy (pid {pid}) stays as it is: {problem}")
+        say(f"error: the proxy (pid {pid}) stays as it is: {problem}")
     for url, side in now["serving"].items():
-        print(f"{url}: {side} serves")
+        say(f"{url}: {side} serves")
     moved = next(iter(now["serving"].values()), "") == wanted
     if not (moved or now["problems"]):
-        print(f"error: the proxy (pid {pid}) has no such second side: start it with --mode both")
+        say(f"error: the proxy (pid {pid}) has no such second side: start it with --mode both")
     return 0 if moved and not now["problems"] else 1
 
 
@@ -8192,12 +8221,12 @@ def report(path: str, problems: Sequence[Problem], tables: Iterable[str], redact
     for problem in sorted(problems, key=lambda problem: problem.warning):
         # One by one: the redaction would take what follows the key path of an api_key for the key.
         parts = filter(None, ("warning" if problem.warning else "error", problem.place, problem.message))
-        print(printable(": ".join(map(redact, parts))))
+        say(printable(": ".join(map(redact, parts))))
     for line in tables:
-        print(printable(redact(line)))
+        say(printable(redact(line)))
     warned = sum(problem.warning for problem in problems)
     wrong = len(problems) - warned
-    print(printable(redact(f"{path}: " + (f"{wrong} errors, {warned} warnings" if wrong else f"ok, {found}"))))
+    say(printable(redact(f"{path}: " + (f"{wrong} errors, {warned} warnings" if wrong else f"ok, {found}"))))
     return 1 if wrong else 0
 
 
@@ -8258,7 +8287,7 @@ def load(arguments: argparse.Namespace) -> int:
     redact = Redactor(config.secrets | environment_secrets())
     run, seconds = run_load(target, arguments.num_requests, arguments.concurrency)
     for line in load_report(run, seconds):
-        print(printable(redact(line))[:MAX_LOGGED])
+        say(printable(redact(line))[:MAX_LOGGED])
     if reason := unreachable(run):
         print(f"error: {target.url}: {reason}: is the proxy running there? --url names another", file=sys.stderr)
     if run.stopped:
@@ -8273,9 +8302,9 @@ def parity(arguments: argparse.Namespace) -> int:
     rows = compare_modes(config, arguments.model or ())
     redact = Redactor(config.secrets | environment_secrets())
     for line in aligned([("feature", "binary", "sdk", "verdict"), *rows]):
-        print(printable(redact(line)))
+        say(printable(redact(line)))
     different = sum(row[-1].startswith(DIFFERENT) for row in rows)
-    print(f"{len(rows)} features, {different} differences")
+    say(f"{len(rows)} features, {different} differences")
     return int(different > 0)
 
 

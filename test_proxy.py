@@ -1044,6 +1044,37 @@ user_id_mappings: {default_user_id: {api_key: config-secret}, config-secret: x}
         assert secret not in said
 
 
+def test_a_model_lacks_what_its_credential_lacks_and_the_credentials_name_is_no_secret(tmp_path: Path) -> None:
+    def credential(name: str, key: str) -> dict[str, Any]:
+        return {"credential_name": name, "credential_values": {"api_key": key}, "credential_info": {}}
+
+    def by(name: str, **params: Any) -> dict[str, Any]:
+        return {"model_name": name, "litellm_params": {"model": "openai/gpt-4o", **params}}
+
+    document = {
+        "model_list": [
+            by("whole", litellm_credential_name="openai"),
+            by("keyless", litellm_credential_name="unset"),
+            by("own", litellm_credential_name="unset", api_key=PROVIDER_KEY),
+            by("nowhere", litellm_credential_name="gone"),
+        ],
+        "credential_list": [credential("openai", PROVIDER_KEY), credential("unset", "os.environ/UNSET_KEY")],
+    }
+    path = write_config(tmp_path, document)
+    code, said = run_check(path)
+    rows = [" ".join(line.split()) for line in said.splitlines()]
+    assert code == 0 and any(
+        row.endswith("[3].litellm_params.litellm_credential_name: is not in credential_list") for row in rows
+    )
+    assert rows[rows.index("models:") + 1 :][:3] == [
+        "whole openai/gpt-4o key present",
+        "keyless openai/gpt-4o key missing: set UNSET_KEY",
+        "own openai/gpt-4o key present",
+    ]
+    config = proxy.load_config(path, {})
+    assert config.missing_keys == {"keyless": "UNSET_KEY"} and config.secrets == {PROVIDER_KEY}
+
+
 def test_the_start_says_of_keys_that_are_not_set_only_what_its_guide_says(shared_provider: Provider) -> None:
     running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", shared_provider.url)
     assert not any("is not set in the environment" in line for line in running.lines)
@@ -5303,6 +5334,21 @@ def test_both_fronts_share_one_config(shared_provider: Provider, provider: Provi
         assert response.status_code == 200 and provider.last.header("x-sm-user-id") == "default-dev"
     assert [got.body["model"] for got in provider.got] == ["gpt", "gpt-4o-mini"]
     assert running.stop() == 0
+
+
+@pytest.mark.parametrize("command", ["check", "load --url http://127.0.0.1:9 --num-requests 1", "cutover"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_whoever_reads_no_output_of_a_command_gets_its_exit_code_and_no_traceback(
+    tmp_path: Path, command: str, unbuffered: str
+) -> None:
+    config = write_config(tmp_path, {"model_list": [{}]} if command == "check" else config_for_models())
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, str(MODULE), *command.split(), "--config", config]
+    environment = clean_environment(PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+    os.close(writer)
+    assert done.returncode == 1 and "BrokenPipe" not in done.stderr
 
 
 @pytest.mark.parametrize(
