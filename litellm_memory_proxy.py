@@ -6681,7 +6681,7 @@ class Program:
         old, new = self._sides, self._sides_for(config)
         self._loads += 1  # from here on, a switch of an earlier config that still waits is overtaken
         for warning in config.warnings:
-            self._log.event("WARNING", "config", "warning", message=str(warning))
+            self._log.event("WARNING", "config", "warning", message=warning.message, place=warning.place)
         moves = new.primary == "binary" != old.primary
         if new.server is None or (new.server is old.server and not (moves and new.server.down())):
             self._switch(new)
@@ -8118,7 +8118,7 @@ def serve(arguments: argparse.Namespace) -> int:
     log = make_log(arguments, config)
     take_in_logging(log)
     for warning in config.warnings:
-        log.event("WARNING", "config", "warning", message=str(warning))
+        log.event("WARNING", "config", "warning", message=warning.message, place=warning.place)
     if settings.has_sdk:
         sys.setswitchinterval(SWITCH_SECONDS)
     allow_open_files(settings.limits.connections)

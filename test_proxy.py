@@ -1081,6 +1081,15 @@ def test_the_start_says_of_keys_that_are_not_set_only_what_its_guide_says(shared
     running.stop()
 
 
+def test_a_warning_of_the_start_names_the_variable_that_an_api_key_lacks(shared_provider: Provider) -> None:
+    unset = {"credential_name": "c", "credential_values": {"api_key": "os.environ/UNSET_KEY"}}
+    config = config_for(shared_provider, credential_list=[unset])
+    running = Proxy(config, "--mode", "binary", "--litellm-url", shared_provider.url)
+    wait_until(lambda: "UNSET_KEY is not set in the environment" in running.output)
+    assert "credential_list[0].credential_values.api_key" in running.output
+    running.stop()
+
+
 # ── memory routing ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
