@@ -452,7 +452,10 @@ ID_RULE = f"memory id ({MEMORY_ID.pattern})"
 MAPPING_KEYS = ("custom_header", "header_patterns", "default_user_id", "inject_header", "conversation")
 CONVERSATION_KEYS = ("from_headers", "inject_header")
 PATTERN_KEYS = ("header", "pattern", "user_id")
-SECRET_KEY = re.compile(r"(?i)(api[_-]?key|master_key|secret|token|password|credential(?!_name)|authorization)")
+SECRET_KEY = re.compile(
+    r"(?i)((api|master|access|private|subscription)[_-]?key|secret|token|password|credential(?!_name)|authorization)"
+)
+AUTH_SCHEME = re.compile(r"(?i)(bearer|basic) +")
 MIN_SECRET_LENGTH = 6  # shorter values ("x", "none") would be redacted out of ordinary words
 MAX_VALUES = 1_000_000  # of a config with its YAML aliases written out; ten lines of aliases can be 10 ** 10 values
 MAX_SHOWN = 60  # characters of a wrong value in a message
@@ -1186,6 +1189,7 @@ def secrets_in(value: Any, key: str = "") -> Iterator[str]:
             yield from secrets_in(item, key)
     elif isinstance(value, str) and value and SECRET_KEY.search(key):
         yield value
+        yield AUTH_SCHEME.sub("", value, count=1)  # a provider may quote what comes after it
 
 
 # ── memory routing ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -1085,9 +1085,15 @@ def test_a_warning_of_the_start_names_the_variable_that_an_api_key_lacks(shared_
     unset = {"credential_name": "c", "credential_values": {"api_key": "os.environ/UNSET_KEY"}}
     config = config_for(shared_provider, credential_list=[unset])
     running = Proxy(config, "--mode", "binary", "--litellm-url", shared_provider.url)
-    wait_until(lambda: "UNSET_KEY is not set in the environment" in running.output)
+    running.stop()  # by then its log is written
+    assert "UNSET_KEY is not set in the environment" in running.output
     assert "credential_list[0].credential_values.api_key" in running.output
-    running.stop()
+
+
+def test_secrets_are_what_stands_under_a_keys_name_with_and_without_its_scheme() -> None:
+    headers = {"Authorization": "Bearer gateway-token", "Ocp-Apim-Subscription-Key": "subscribed", "x-team": "search"}
+    params = {"litellm_credential_name": "openai", "model": "openai/a", "extra_headers": headers}
+    assert set(proxy.secrets_in(params)) == {"Bearer gateway-token", "gateway-token", "subscribed"}
 
 
 # ── memory routing ───────────────────────────────────────────────────────────────────────────────────────────────
