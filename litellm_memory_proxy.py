@@ -5432,6 +5432,7 @@ WORKED = {CLIENT: None, PROVIDER: True, BACKEND: False, RESTING: None}
 # Errors on which the binary side is asked → from which status on its answer is no better. A 429 of both sides is shown
 # with the SDK's Retry-After.
 REPEATED = {BACKEND: 500, UNSURE: 400, RESTING: 429}
+LITELLM_TIMEOUT = 408  # so LiteLLM's server says that the provider was slow: no better than the SDK's 504
 
 
 class Failover:
@@ -5520,7 +5521,7 @@ class Failover:
             response = self._binary_answer(request, route)
         except ProxyError:
             return None
-        if response.status >= REPEATED[failure.blame]:
+        if response.status >= REPEATED[failure.blame] or response.status == LITELLM_TIMEOUT:
             response.discard()
             return None
         return response
