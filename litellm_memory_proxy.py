@@ -78,6 +78,7 @@ def start_over() -> None:
         code.seek(0)
         kept = fcntl.fcntl(code, fcntl.F_DUPFD, 3)  # over the exec, and beside 0 to 2, one of which may be closed
         ours = [COMPILED, str(kept), sys.path[0], __file__]
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # so that Ctrl-C shows no traceback of Python's start
         os.execv(sys.executable, [sys.executable, *options, "-c", *ours, *sys.argv])
 
 
@@ -90,6 +91,7 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: Ctrl-C shows no traceback of what is being loaded
     start_over()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 import argparse
 import enum

@@ -658,9 +658,12 @@ def test_a_script_that_is_called_stays_with_its_caller(tmp_path: Path, caller: t
     assert "pdb" not in caller or "exited via sys.exit(). Exit status: 2" in result.stdout
 
 
-@pytest.mark.parametrize(("module", "status"), [("yaml", -signal.SIGINT), ("dotenv", 130)])
+@pytest.mark.parametrize(
+    ("module", "status"), [("sitecustomize", -signal.SIGINT), ("yaml", -signal.SIGINT), ("dotenv", 130)]
+)
 def test_ctrl_c_during_the_start_ends_it_without_a_traceback(tmp_path: Path, module: str, status: int) -> None:
-    (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    text = "import os, signal, sys; '-c' in sys.orig_argv and os.kill(os.getpid(), signal.SIGINT)"  # once started over
+    (tmp_path / f"{module}.py").write_text(text)
     config = write_config(tmp_path, {"model_list": []})
     command = [sys.executable, str(MODULE), "--config", config]
     result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(PYTHONPATH=str(tmp_path)))
