@@ -8182,7 +8182,10 @@ def move_traffic(arguments: argparse.Namespace, use_sdk: bool) -> int:
     pid, status = before
     if not status["loads"]:  # it is starting, and may have read the config before or after the change
         status = await_load(path, 0)
-    os.kill(pid, signal.SIGHUP)
+    try:
+        os.kill(pid, signal.SIGHUP)
+    except OSError as error:  # another user's, or gone this moment
+        raise StartError(f"the proxy (pid {pid}) cannot be told: {error.strerror}") from None
     now = await_load(path, status["loads"])
     for problem in now["problems"]:
         say(f"error: the proxy (pid {pid}) stays as it is: {problem}")

@@ -16,6 +16,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gzip
 import http.client
@@ -5353,6 +5354,17 @@ def test_both_fronts_share_one_config(shared_provider: Provider, provider: Provi
         assert response.status_code == 200 and provider.last.header("x-sm-user-id") == "default-dev"
     assert [got.body["model"] for got in provider.got] == ["gpt", "gpt-4o-mini"]
     assert running.stop() == 0
+
+
+def test_a_proxy_that_cannot_be_told_of_a_cutover_is_one_error(tmp_path: Path) -> None:
+    config = write_config(tmp_path, config_for_models())
+    (tmp_path / "config.yaml.status").write_text('{"loads": 1}')
+    with (tmp_path / "config.yaml.pid").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        print(2**31 - 1, file=file, flush=True)  # more than any process id
+        command = [sys.executable, str(MODULE), "cutover", "--config", config]
+        done = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: the proxy (pid 2147483647) cannot be told: No such process\n")
 
 
 @pytest.mark.parametrize("command", ["check", "load --url http://127.0.0.1:9 --num-requests 1", "cutover"])
