@@ -382,14 +382,17 @@ def class_status(error: BaseException, table: Mapping[str, int]) -> int | None:
 
 def connection_status(error: BaseException | None) -> int | None:
     """502 or 504 where a broken connection stands in the exception's chain of causes, else None."""
+    statuses = (class_status(cause, CONNECTION_STATUS) for cause in causes(error))
+    return next((status for status in statuses if status), None)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and its causes; LiteLLM's chains may be circles."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        status = class_status(error, CONNECTION_STATUS)
-        if status:
-            return status
+        yield error
         error = error.__cause__ or error.__context__
-    return None
 
 
 def provider_error(body: bytes) -> dict[str, Any]:
@@ -2864,6 +2867,7 @@ class Bridge:
 
 CHALLENGE_STATUS = (403, 429, 503)  # with a web page, or a header that says so; a provider's own JSON 429 is none
 SIGNS_OF_LIFE = re.compile(rb'(?:(?::[^\r\n]*|event: ?ping|data: ?\{"type": ?"ping"[^\r\n]*)?\r?\n)*')
+ERROR_OBJECT = re.compile(rb'\s*\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[{"]')
 PROOF_COOKIE = "memory-proxy-proof"
 MAX_EXPIRES = 253402300799  # seconds since the epoch, the end of the year 9999: cookielib cannot write later ones
 
@@ -2873,7 +2877,8 @@ class Exchange:
     """What the session saw while it served one client request; of several attempts, the last.
 
     ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
-    failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where it was an error.
+    failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where it was an error, be
+    its status good or not.
     ``alive``: some of the answer's body came; ``heard``: more of it than the comments and pings of a stream.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request, for routes on which LiteLLM sends none of a client's.
@@ -2906,6 +2911,8 @@ class Exchange:
 
     def hear(self, data: bytes) -> None:
         """A piece of the answer's body came in."""
+        if self.body or (not self.heard and ERROR_OBJECT.match(data)):
+            self.body += data[: MAX_MESSAGE - len(self.body)]
         self.alive = True
         self.heard = self.heard or not SIGNS_OF_LIFE.fullmatch(data)
 
@@ -3379,6 +3386,12 @@ def is_bare(part: Any) -> bool:
     return not any(choice.finish_reason or choice.delta.model_dump(exclude_none=True) for choice in part.choices)
 
 
+# Anthropic's events by their lines; some hosts leave out the space behind the colon.
+MESSAGE_START = re.compile(rb"event: ?message_start\ndata:")
+MESSAGE_STOP = re.compile(rb"\nevent: ?message_stop\n")
+ERROR_EVENT = re.compile(rb"\nevent: ?error\n(?:data:)?(.*)")
+
+
 async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """Anthropic's events: LiteLLM hands them on as the bytes that they are, cut anywhere.
 
@@ -3399,14 +3412,18 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
         events, gap, rest = rest.replace(b"\r\n", b"\n").rpartition(b"\n\n")
         if not gap:
             continue
-        good, error, said = (b"\n" + events).partition(b"\nevent: error\n")
+        events = b"\n" + events
+        error = ERROR_EVENT.search(events)
+        good = events[: error.start()] if error else events
         count_usage(good, tally)
         if good.strip():
             yield with_model(good[1:].rstrip(b"\n"), model) + b"\n\n"
         if error:
-            raise event_error(said)
-        ended = ended or b"event: message_stop" in good
-    if not ended:
+            raise stated_error(provider_error(error[1]))
+        ended = ended or MESSAGE_STOP.search(good) is not None
+    if not ended and MESSAGE_STOP.search(b"\n" + rest):  # a host that ends with the last line and not with a blank one
+        yield rest.rstrip(b"\n") + b"\n\n"
+    elif not ended:
         raise ended_early()
 
 
@@ -3417,16 +3434,16 @@ def ended_early() -> ProxyError:
 
 def with_model(events: bytes, model: str) -> bytes:
     """Anthropic's events, the ``message_start`` among them with this model."""
-    before, mark, rest = events.partition(b"event: message_start\ndata:")
+    mark = MESSAGE_START.search(events)
     if not mark:
         return events
-    line, end, after = rest.partition(b"\n")
+    line, end, after = events[mark.end() :].partition(b"\n")
     try:
         document = json.loads(line)
         document["message"]["model"] = model
     except (ValueError, LookupError, TypeError):
         return events
-    return before + mark + b" " + json.dumps(document).encode() + end + after
+    return events[: mark.end()] + b" " + json.dumps(document).encode() + end + after
 
 
 def count_usage(events: bytes, tally: Tally) -> None:
@@ -3442,14 +3459,21 @@ def count_usage(events: bytes, tally: Tally) -> None:
             tally.add(usage if isinstance(usage, dict) else None)
 
 
-def event_error(event: bytes) -> ProxyError:
-    """The error of an Anthropic ``event: error``."""
-    said = provider_error(event.partition(b"data:")[2].partition(b"\n")[0])
-    kind = str(said.get("type") or "api_error")
+def stated_error(said: Mapping[str, Any]) -> ProxyError:
+    """What a provider's error object says where the status was good: its code tells which one is meant, or its type."""
+    kind, code = str(said.get("type") or "api_error"), said.get("code")
     status = next((status for status, name in ANTHROPIC_TYPES.items() if name == kind), 500)
-    return ProxyError(
-        status, plain_text(str(said.get("message") or "the provider's stream failed")), kind=kind, blame=PROVIDER
-    )
+    if isinstance(code, int) and 400 <= code < 600:
+        status = code
+    message = plain_text(str(said.get("message") or "the provider's stream failed"))
+    return ProxyError(status, message, kind=kind, code=code if isinstance(code, str) else None, blame=PROVIDER)
+
+
+def event_error(error: BaseException) -> ProxyError | None:
+    """The error object of a stream of OpenAI's, which its client keeps as ``body`` of the exception that it raises."""
+    bodies = (getattr(cause, "body", None) for cause in causes(error))
+    said = next((body for body in bodies if isinstance(body, dict) and body.get("message")), None)
+    return stated_error(said) if said else None
 
 
 async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -3757,13 +3781,13 @@ class Opening:
         self._timer = self._channel.loop.call_later(HOLD_SECONDS, self._look)
 
     def _look(self) -> None:
-        if self._exchange.alive and not good_page(self._exchange):
+        if self._exchange.alive and not false_answer(self._exchange):
             self._go()
         else:
             self._wait()
 
     def _go(self) -> None:
-        refuse_page(self._exchange)
+        refuse_false_answer(self._exchange)
         self.close()
         self.over = True
         for item in (Response(200, [*self._fields, *provider_headers(self._exchange)], CALL_BODY), *self._held):
@@ -4112,7 +4136,7 @@ class SdkBackend:
                 result = await call(**params, headers=headers)
             if result is None:
                 raise ProxyError(502, f"LiteLLM gave no answer for {model}", blame=BACKEND)
-            refuse_page(exchange)
+            refuse_false_answer(exchange)
             tally.price = lambda usage: self._price(model, result, usage)
             if params.get("stream") is not True or endpoint.frames is None:
                 tally.add(result.get("usage") if isinstance(result, dict) else getattr(result, "usage", None))
@@ -4143,8 +4167,8 @@ class SdkBackend:
 
     def _failure(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """What the client is told of an exception out of LiteLLM."""
-        if page := good_page(exchange):
-            return page
+        if stated := false_answer(exchange) or (None if exchange.failed else event_error(error)):
+            return stated
         if isinstance(error, ProxyError) and not exchange.failed:
             silent = exchange.sent and not exchange.heard  # then LiteLLM has made the error event
             return ended_early() if silent else error
@@ -4171,7 +4195,8 @@ class SdkBackend:
         if pause is not None:
             headers = [("Retry-After", str(int(pause) + 1))]
         said = provider_error(exchange.body)
-        text = said.get("message") or provider_page(exchange) or plain_message(error)
+        other = exchange.body[:MAX_MESSAGE].decode(errors="replace").strip()  # LiteLLM keeps some, and loses some
+        text = said.get("message") or provider_page(exchange) or other or plain_message(error)
         fields = {name: said[name] for name in ("param", "code") if isinstance(said.get(name), str)}
         kind = said.get("type") if isinstance(said.get("type"), str) else None
         blame = PROVIDER if answered else RESTING if pause is not None else CLIENT if status < 500 else BACKEND
@@ -4630,19 +4655,24 @@ def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict
     return {**kept, "x-request-id": request.id, **dict(route.injected)}
 
 
-def good_page(exchange: Exchange) -> ProxyError | None:
-    """502 for a web page with a good status, out of which LiteLLM makes an empty answer.
+def false_answer(exchange: Exchange) -> ProxyError | None:
+    """The error in an answer with a good status, out of which LiteLLM makes an empty answer: a web page, or an object.
 
-    It is no provider's own word: a host in front of it, such as Cloudflare's, answered; another side may get through.
+    The page is no provider's own word: a host in front of it, such as Cloudflare's, answered; another side may get
+    through.
     """
-    said = provider_page(exchange) if exchange.status and exchange.status < 400 else None
-    return ProxyError(502, said, blame=BACKEND) if said else None
+    if not exchange.status or exchange.status >= 400:
+        return None
+    if page := provider_page(exchange):
+        return ProxyError(502, page, blame=BACKEND)
+    said = provider_error(exchange.body) if exchange.body else {}
+    return stated_error(said) if said.get("message") else None
 
 
-def refuse_page(exchange: Exchange) -> None:
-    """Raises what `good_page` finds."""
-    if page := good_page(exchange):
-        raise page
+def refuse_false_answer(exchange: Exchange) -> None:
+    """Raises what `false_answer` finds."""
+    if error := false_answer(exchange):
+        raise error
 
 
 def provider_page(exchange: Exchange) -> str | None:
@@ -4691,7 +4721,7 @@ def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
         return "application/json", json.dumps(answer).encode()
     document = {key: value for key, value in result.items() if key != "_hidden_params"}
     if document.get("type") == "error":
-        raise event_error(b"data:" + json.dumps(document).encode())
+        raise stated_error(document.get("error") or {})
     return "application/json", json.dumps({**document, "model": model} if "model" in document else document).encode()
 
 

@@ -1977,6 +1977,16 @@ def test_a_providers_error_keeps_status_message_and_retry_after(
     assert PROVIDER_KEY not in response.text and len(provider.got) == 1
 
 
+@pytest.mark.parametrize("body", [b"upstream connect error", b'{"detail": [{"loc": ["body"], "msg": "too hot"}]}'])
+@pytest.mark.parametrize(("path", "name"), [*DIALECTS, ("/v1/embeddings", "gpt")])
+def test_an_error_body_without_a_message_is_the_message(
+    sdk: Proxy, provider: Provider, path: str, name: str, body: bytes
+) -> None:
+    provider.script = lambda _got: Reply(body, 422, {"content-type": "text/plain"})
+    response = sdk.post(path, {**body_for(path, name), "input": "hello"} if "emb" in path else body_for(path, name))
+    assert (response.status_code, response.json()["error"]["message"]) == (422, body.decode())
+
+
 BAD_BODIES = {
     b"{": 400,
     b"": 400,
@@ -2293,6 +2303,49 @@ def test_a_web_page_is_no_answer(sdk: Proxy, provider: Provider, path: str, name
     response = sdk.post(path, body_for(path, name, stream=stream))
     assert response.status_code == 502 and "<html>" not in response.text
     assert "answered 200 with an HTML page" in response.json()["error"]["message"]
+
+
+ERROR_OBJECTS = {
+    b'{"error": {"message": "slow down", "type": "x", "code": 429}}': 429,
+    b'\n  {\n  "error": {"message": "slow down", "type": "rate_limit_error", "code": "slow"}}': 429,
+    b'{"type": "error", "error": {"type": "overloaded_error", "message": "slow down"}}': 529,
+    b'{"error": "slow down"}': 500,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "name"), DIALECTS)
+@pytest.mark.parametrize("body", ERROR_OBJECTS)
+def test_an_error_object_with_a_good_status_is_an_error(
+    sdk: Proxy, provider: Provider, path: str, name: str, body: bytes, stream: bool
+) -> None:
+    provider.script = lambda _got: Reply(body, 200)
+    response = sdk.post(path, body_for(path, name, stream=stream))
+    assert (response.status_code, response.json()["error"]["message"]) == (ERROR_OBJECTS[body], "slow down")
+
+
+def test_an_error_event_of_openais_keeps_what_it_says(sdk: Proxy, provider: Provider) -> None:
+    said = {"message": "slow down", "type": "rate_limit_error", "code": 429}
+    provider.script = lambda _got: Reply(parts=[sse({"error": said})], headers=SSE)
+    response = sdk.chat(stream=True)
+    assert response.status_code == 429 and response.json()["error"]["message"] == "slow down"
+    said["code"] = "slow"
+    provider.script = lambda _got: Reply(parts=[*openai_stream(["hi"])[:1], sse({"error": said})], headers=SSE)
+    assert json.loads(events_of(sdk.chat(stream=True))[-1][1])["error"] == {**said, "param": None}
+
+
+def test_anthropics_events_may_lack_the_space_and_the_last_blank_line(sdk: Proxy, provider: Provider) -> None:
+    parts = [part.replace(b": ", b":", 1).replace(b"data: ", b"data:") for part in anthropic_stream(["hel", "lo"])]
+    provider.script = lambda _got: Reply(parts=parts, headers=SSE)
+    whole = sdk.messages(stream=True).text
+    assert '"model": "claude"' in whole and whole.endswith('event:message_stop\ndata:{"type": "message_stop"}\n\n')
+    provider.script = lambda _got: Reply(parts=[*parts[:-1], parts[-1].rstrip()], headers=SSE)
+    assert sdk.messages(stream=True).text == whole
+    error = b'event:error\ndata:{"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}\n\n'
+    provider.script = lambda _got: Reply(parts=[*parts[:4], error], headers=SSE)
+    assert events_of(sdk.messages(stream=True))[-1][0] == "error"
+    provider.script = lambda _got: Reply(parts=[error], headers=SSE)
+    assert sdk.messages(stream=True).status_code == 529
 
 
 def test_a_keyless_model_is_not_served_by_another_ones_wildcard(provider: Provider) -> None:
