@@ -3290,6 +3290,7 @@ LITELLM_UNDECLARED = ("backoff", "fastapi", "mcp", "orjson", "redis", "soundfile
 LITELLM_ENVIRONMENT = {  # set before the import, unless the user has set them
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else three attempts to fetch a price list hold up the start
     "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",  # else the first Anthropic call waits for a fetch from GitHub
+    "DEFAULT_MAX_RETRIES": "0",  # else OpenAI's client repeats embeddings and moderations too, under LiteLLM's Router
 }
 
 # LiteLLM's parameters that a client may set for its own request, as on LiteLLM's server. The rest of them decide

@@ -2199,10 +2199,12 @@ def test_a_lone_deployment_neither_cools_down_nor_makes_its_client_wait(provider
         provider.got.clear()
         provider.script = lambda _got, status=status: Reply(said, status, {"retry-after": "20"})
         began = time.monotonic()
-        for path, name in DIALECTS:
-            response = running.post(path, body_for(path, name, stream=stream))
+        calls = [(path, body_for(path, name, stream=stream)) for path, name in DIALECTS]
+        calls += [(path, {"model": "gpt", "input": "hello"}) for path in ("/v1/embeddings", "/v1/moderations")]
+        for path, body in calls:
+            response = running.post(path, body)
             assert (response.status_code, response.headers["retry-after"]) == (status, "20")
-        assert len(provider.got) == len(DIALECTS) and time.monotonic() - began < 10
+        assert len(provider.got) == len(calls) and time.monotonic() - began < 10
     assert running.stop() == 0
 
 
