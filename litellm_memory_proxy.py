@@ -3370,15 +3370,20 @@ async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[by
 
 
 async def text_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
-    """The same for a text completion, in which OpenAI's last chunk has an empty text, and LiteLLM's has none."""
+    """The same for a text completion.
 
-    async def with_texts() -> AsyncIterator[Any]:
+    OpenAI's last chunk has an empty text, and LiteLLM's has none, but a usage of zeros where the provider states none.
+    """
+
+    async def mended() -> AsyncIterator[Any]:
         async for part in stream:
             for choice in part.choices:
                 choice.text = choice.text or ""
+            if not getattr(getattr(part, "usage", None), "total_tokens", None):
+                part.usage = None
             yield part
 
-    async for data in chat_frames(with_texts(), model, tally):
+    async for data in chat_frames(mended(), model, tally):
         yield data
 
 

@@ -2815,6 +2815,14 @@ def test_the_log_says_what_a_request_took(sdk: Proxy, provider: Provider, path: 
     assert (said["level"], said["component"], said["user_id"]) == ("INFO", "request", "default-dev")
 
 
+def test_a_streamed_text_completion_without_a_usage_has_none(sdk: Proxy, provider: Provider) -> None:
+    provider.script = lambda _got: Reply(parts=[openai_chunk({"content": "hi"}), openai_chunk({}, "stop")], headers=SSE)
+    response = sdk.post("/v1/completions", {"model": "gpt", "prompt": "hello", "stream": True})
+    said = log_line(sdk, response.headers["x-request-id"])
+    assert (said.get("tokens"), said.get("input_tokens"), said.get("cost_usd")) == (None, None, None)
+    assert '"text":"hi"' in response.text and "usage" not in response.text
+
+
 @pytest.mark.parametrize("name", ["gpt", "claude"])
 def test_usage_is_shown_to_those_who_ask_for_it(sdk: Proxy, provider: Provider, name: str) -> None:
     quiet = [json.loads(data) for _, data in events_of(sdk.chat(name, stream=True))[:-1]]
