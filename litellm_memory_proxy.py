@@ -2882,7 +2882,7 @@ class Exchange:
     ``alive``: some of the answer's body came; ``heard``: more of it than the comments and pings of a stream.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request, for routes on which LiteLLM sends none of a client's.
-    ``stream`` is the body that comes in.
+    ``stream`` is the body that comes in. ``connected``: a new connection was made for the request.
     """
 
     betas: str = ""
@@ -2897,11 +2897,12 @@ class Exchange:
     challenged: bool = False
     headers_to_add: Mapping[str, str] = field(default_factory=dict)
     stream: Any = None
+    connected: bool = False
 
     def begin(self, host: str) -> None:
         """A request goes out: what an earlier attempt saw is forgotten."""
         self.sent, self.host, self.status = self.sent + 1, host, None
-        self.alive = self.heard = False
+        self.alive = self.heard = self.connected = False
         self.headers, self.body, self.fault, self.challenged = (), b"", None, False
 
     def answered(self, response: httpx.Response) -> None:
@@ -3011,6 +3012,7 @@ class Session:
             return
         if self._shared is None or self._shared.closed:
             self._shared = transport.client() if callable(transport.client) else transport.client
+            self._shared.trace_configs.append(connection_trace())
         transport.client, transport._owns_session = self._shared, False
 
     def _synchronous(self, send: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
@@ -3070,7 +3072,7 @@ class Session:
                 response = yield
             except Exception as error:
                 exchange.fault = error
-                if attempt == 2 or not was_stale(error, request, time.monotonic() - began):
+                if attempt == 2 or exchange.connected or not was_stale(error, request, time.monotonic() - began):
                     raise
             else:
                 return response
@@ -3196,6 +3198,20 @@ def watched_body() -> Callable[[Any, Exchange], Any]:
                 raise
 
     return WatchedAnswer
+
+
+def connection_trace() -> Any:
+    """What makes an aiohttp session tell the exchange of the connection that is made for its request."""
+    import aiohttp
+
+    async def connected(*_: Any) -> None:
+        if exchange := EXCHANGE.get():
+            exchange.connected = True
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_create_end.append(connected)
+    trace.freeze()
+    return trace
 
 
 def was_stale(error: Exception, request: httpx.Request, seconds: float) -> bool:

@@ -2673,6 +2673,19 @@ def test_a_stale_connection_to_a_provider_is_replaced() -> None:
     assert running.stop() == 0
 
 
+def test_a_call_on_a_new_connection_is_made_once() -> None:
+    """The provider may have served it before it closed."""
+    upstream = ScriptedServer(lambda sock, _number: bool(read_head(sock)) and None)
+    models = (
+        model("gpt", "openai/x", f"{upstream.url}/v1"),
+        model("claude", "anthropic/claude-sonnet-4-5", upstream.url),
+    )
+    running = Proxy(config_for_models(*models))
+    for count, (path, name) in enumerate(DIALECTS, 1):
+        assert (running.post(path, body_for(path, name)).status_code, upstream.count) == (502, count)
+    assert running.stop() == 0
+
+
 def test_a_providers_own_429_that_sets_a_cookie_is_no_challenge(sdk: Proxy, provider: Provider) -> None:
     said = json.dumps({"error": {"message": "slow down", "type": "rate_limit"}}).encode()
     provider.script = lambda _got: Reply(said, 429, {"set-cookie": "limit=1; Path=/nowhere", "retry-after": "9"})
