@@ -5861,17 +5861,21 @@ class Application:
         except Exception as error:
             response = self._error(defect(error, request.id, self._log), request)
         record.backend = response.backend or record.backend
-        side = serving.primary.name if record.backend == OWN else record.backend
-        cors = admission.cors
-        fields = response.headers
-        if cors:  # LiteLLM's server has such fields too
-            replaced = {name.lower() for name, _ in cors} - {"vary"}
-            fields = [field for field in fields if field[0].lower() not in replaced]
-        response.headers = [*fields, *cors, ("x-request-id", request.id), ("x-proxy-backend", side)]
+        response.headers = self._headers(record, response, admission.cors)
         if isinstance(response.body, bytes):
             record.first_byte()
         response.began, response.done = record.first_byte, partial(self._end, record)
         return response
+
+    @staticmethod
+    def _headers(record: Record, response: Response, cors: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The answer's header fields with ours in them."""
+        side = record.serving.primary.name if record.backend == OWN else record.backend
+        fields = response.headers
+        if cors:  # LiteLLM's server has such fields too
+            replaced = {name.lower() for name, _ in cors} - {"vary"}
+            fields = [field for field in fields if field[0].lower() not in replaced]
+        return [*fields, *cors, ("x-request-id", record.request.id), ("x-proxy-backend", side)]
 
     def _make_admission(self, head: Head) -> Admission:
         """Raises ProxyError 403 for a stranger."""
