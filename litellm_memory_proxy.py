@@ -4148,14 +4148,7 @@ class SdkBackend:
         opening = Opening(channel, exchange, NDJSON_HEADERS if dialect == OLLAMA else SSE_HEADERS)
         try:
             self._check_keys(model)
-            if endpoint.imports and params.get("stream") is True:
-                await import_aside(endpoint.imports)
-            call = getattr(self, endpoint.function, None) or getattr(self.router, endpoint.function)
-            if endpoint.adds_headers:
-                exchange.headers_to_add = headers
-                result = await call(**params)
-            else:
-                result = await call(**params, headers=headers)
+            result = await self._call(endpoint, params, headers, exchange)
             if result is None:
                 raise ProxyError(502, f"LiteLLM gave no answer for {model}", blame=BACKEND)
             refuse_false_answer(exchange)
@@ -4180,6 +4173,18 @@ class SdkBackend:
                 await result.aclose()
             await exchange.close()
         return None
+
+    async def _call(
+        self, endpoint: Endpoint, params: dict[str, Any], headers: dict[str, str], exchange: Exchange
+    ) -> Any:
+        """What LiteLLM answers; the client's headers go with it, as an argument or by the session."""
+        if endpoint.imports and params.get("stream") is True:
+            await import_aside(endpoint.imports)
+        call = getattr(self, endpoint.function, None) or getattr(self.router, endpoint.function)
+        if endpoint.adds_headers:
+            exchange.headers_to_add = headers
+            return await call(**params)
+        return await call(**params, headers=headers)
 
     def _check_keys(self, model: str) -> None:
         """Raises ProxyError 401 for a model without a key, unless the config has fallbacks, which may help it."""

@@ -4845,7 +4845,8 @@ def test_a_live_switch_there_and_back_fails_no_request(shared_provider: Provider
         for value, side in ((True, "sdk"), (False, "binary"), (True, "sdk"), (False, "binary")):
             use_sdk(value)
             load.wait_for(side)
-    assert not load.failed and len(load.sides) > 50
+        wait_until(lambda: len(load.sides) > 50)
+    assert not load.failed
     assert running.stop() == 0
 
 
