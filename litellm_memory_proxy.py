@@ -1234,10 +1234,10 @@ def route_request(headers: Headers, mappings: Mappings) -> Route:
     return route._replace(injected=tuple(injected))
 
 
-def kept_back(mappings: Mappings) -> set[str]:
+def kept_back(mappings: Mappings) -> frozenset[str]:
     """The (lower-case) names of a client's header fields that are not sent on: ours stand in their place."""
     names = (mappings.inject_header, mappings.custom_header, mappings.conversation_header, "x-request-id")
-    return {name for name in names if name}
+    return frozenset(name for name in names if name)
 
 
 def route_memory(headers: Headers, mappings: Mappings) -> Route:
@@ -2110,9 +2110,6 @@ class Headers:
         """From lines that `FIELD_LINES` has accepted."""
         parts = [line.partition(":") for line in lines.split("\r\n")[1:]]
         return cls([(name, value.strip(" \t")) for name, _, value in parts])
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._index
 
     def values(self, name: str) -> list[str]:
         """Every value of the fields of this (lower-case) name, in order."""
@@ -5051,8 +5048,7 @@ class BinaryBackend:
 
     def __init__(self, config: Config, pool: Pool, server: LitellmServer | None = None) -> None:
         self.pool, self.server, self._upstream = pool, server, pool.upstream
-        self._mappings, self._timeout = config.mappings, config.silent_seconds
-        self._kept_back = frozenset(kept_back(config.mappings))
+        self._kept_back, self._timeout = kept_back(config.mappings), config.silent_seconds
         self._template = lru_cache(maxsize=REMEMBERED_HEADS)(self._make_template)
         authority, prefix = re.escape(self._upstream.authority), re.escape(self._upstream.prefix)
         self._own_place = re.compile(rf"(?i:https?://{authority})?{prefix}(?=/(?!/)|$)")
