@@ -228,7 +228,7 @@ LOG_FLUSH_SECONDS = 1.0  # at the end, for whoever reads our output
 MAX_MODEL = 200  # characters of a model's name in log and metrics
 MAX_COST = 1e6  # US dollars of one call; a larger figure is none
 MAX_TOKENS = 10**12  # of one call; a larger figure is none
-COUNTED_AT_ONCE = 100  # requests; half a millisecond
+SETTLED_AT_ONCE = 1000  # requests that have ended and are not counted yet; some ten milliseconds
 # A thread may hold the interpreter for so long beside the SDK's loop: at 200 streams /health waits a fifth of what it
 # does with the default of 0.005. Forwarding alone keeps the default: with less, 16 clients get a third fewer answers.
 SWITCH_SECONDS = 0.001
@@ -1443,9 +1443,10 @@ class Redactor:
         return value if value is None or isinstance(value, bool | int | float) else self(str(value))
 
 
-def timestamp(when: datetime | None = None) -> str:
-    """A time in UTC, by default now, with milliseconds as RFC 3339 writes it."""
-    return (when or datetime.now(timezone.utc)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def timestamp(when: float | None = None) -> str:
+    """A time since the Unix epoch in seconds, by default now, in UTC with milliseconds as RFC 3339 writes it."""
+    moment = datetime.fromtimestamp(time.time() if when is None else when, timezone.utc)
+    return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 def one_line(text: str) -> str:
@@ -1484,7 +1485,7 @@ class LogFile(RotatingFileHandler):
 class LogEvent(NamedTuple):
     """One event as it waits to be written; what it says of a request that has ended is formed only then."""
 
-    time: datetime
+    time: float
     level: str
     component: str
     name: str
@@ -1501,6 +1502,9 @@ class Log:
     Args:
         file: a path that gets every line too, as JSON, and is rotated.
 
+    Attributes:
+        gather: called by that thread before it writes, for events that are not formed yet.
+
     Raises:
         StartError: the file cannot be written.
     """
@@ -1511,6 +1515,7 @@ class Log:
         self._stream, self._json, self.redact, self.level = stream, as_json, redact, level
         self._file: LogFile | None = None
         self._events: deque[LogEvent] = deque()
+        self.gather: Callable[[], None] = lambda: None
         self._waiting = threading.Event()  # there are events
         self._dropped = 0
         if file:
@@ -1527,7 +1532,12 @@ class Log:
         if len(self._events) >= MAX_LOG_LINES:
             self._dropped += 1
             return
-        self._events.append(LogEvent(datetime.now(timezone.utc), level, component, event, fields, outcome))
+        when = outcome.ended.at if outcome else time.time()
+        self._events.append(LogEvent(when, level, component, event, fields, outcome))
+        self.wake()
+
+    def wake(self) -> None:
+        """There are events."""
         if not self._waiting.is_set():  # waking a thread costs more than an event
             self._waiting.set()
 
@@ -1536,6 +1546,10 @@ class Log:
         stay_home()
         while self._waiting.wait():
             self._waiting.clear()
+            try:
+                self.gather()
+            except Exception as error:  # a defect of ours must not end the log
+                self.event("ERROR", "log", "defect", error=repr(error)[:MAX_LOGGED], where=where_raised(error))
             events = list(self._events)
             if self._file:
                 for event in events:
@@ -1555,6 +1569,7 @@ class Log:
 
     def flush(self, seconds: float = LOG_FLUSH_SECONDS) -> None:
         """Wait until every line is written, or for this long."""
+        self.gather()
         deadline = time.monotonic() + seconds
         while self._events and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -1580,7 +1595,7 @@ class Log:
             known = {key: value for key, value in event.fields.items() if value is not None}
             message = known.pop("message", event.name)
             text = " ".join([f"{event.component}: {message}", *(f"{k}={v}" for k, v in known.items())])
-        line = f"{event.time.astimezone():%H:%M:%S} {event.level.lower():<8} {text}"
+        line = f"{datetime.fromtimestamp(event.time):%H:%M:%S} {event.level.lower():<8} {text}"
         line = line.encode("utf-8", "replace").decode()
         return self.redact(one_line(line))
 
@@ -1663,38 +1678,50 @@ class Tally:
 NO_USAGE = Usage()
 
 
-class Outcome(NamedTuple):
-    """One request that has ended, as the log and the metrics see it.
+class Ended(NamedTuple):
+    """A request that has ended, as its thread leaves it: what is said of it is worked out when no client waits.
 
     ``status`` is 499 where the client left; ``seconds`` and ``ttft`` (time to the first byte of the answer's body)
-    count from the request's head.
+    count from the request's head, ``at`` from the Unix epoch.
     """
 
+    at: float
     user_id: str
     model: str
     backend: str
     status: int
     seconds: float
     ttft: float | None = None
-    usage: Usage = NO_USAGE
+    tally: Tally | None = None
+    passed_on: str = ""  # see `Response`
+    headers: Sequence[tuple[str, str]] = ()
     request_id: str = ""
     method: str = ""
     path: str = ""
+
+
+class Outcome(NamedTuple):
+    """What log and metrics say of a request that has ended; names are as they may be shown."""
+
+    ended: Ended
+    user_id: str
+    model: str
+    usage: Usage = NO_USAGE
     memory_error: str | None = None
 
     def fields(self) -> dict[str, Any]:
         """What stands in its log line as JSON."""
-        usage = self.usage
+        ended, usage = self.ended, self.usage
         return {
-            "request_id": self.request_id,
+            "request_id": ended.request_id,
             "user_id": None if self.user_id == NONE else self.user_id,
             "model": None if self.model == NONE else self.model,
-            "backend": self.backend,
-            "status": self.status,
-            "method": self.method,
-            "path": self.path[:MAX_LOGGED],
-            "duration_ms": round(self.seconds * 1000, 1),
-            "ttft_ms": None if self.ttft is None else round(self.ttft * 1000, 1),
+            "backend": ended.backend,
+            "status": ended.status,
+            "method": ended.method,
+            "path": ended.path[:MAX_LOGGED],
+            "duration_ms": round(ended.seconds * 1000, 1),
+            "ttft_ms": None if ended.ttft is None else round(ended.ttft * 1000, 1),
             "tokens": usage.tokens,
             "input_tokens": usage.input_tokens,
             "output_tokens": usage.output_tokens,
@@ -1704,18 +1731,37 @@ class Outcome(NamedTuple):
 
     def readable(self) -> str:
         """Its log line for a person at a terminal; method and path stand for the model where none is known."""
-        usage, ttft = self.usage, self.ttft
-        streamed = ttft is not None and self.seconds - ttft > 0.001
+        ended, usage = self.ended, self.usage
+        streamed = ended.ttft is not None and ended.seconds - ended.ttft > 0.001
         parts = (
             self.user_id,
-            f"{self.method} {self.path[:MAX_LOGGED]}" if self.model == NONE else self.model,
-            self.backend,
-            "client left" if self.status == 499 else str(self.status),
+            f"{ended.method} {ended.path[:MAX_LOGGED]}" if self.model == NONE else self.model,
+            ended.backend,
+            "client left" if ended.status == 499 else str(ended.status),
             f"{usage.input_tokens}+{usage.output_tokens} tokens" if usage.tokens is not None else "",
-            f"{self.seconds:.2f} s" + (f" (first byte after {ttft:.2f} s)" if streamed else ""),
-            f"id={self.request_id}",
+            f"{ended.seconds:.2f} s" + (f" (first byte after {ended.ttft:.2f} s)" if streamed else ""),
+            f"id={ended.request_id}",
         )
         return "  ".join(part for part in parts if part)
+
+
+def name_shown(name: str, redact: Callable[[str], str]) -> str:
+    """A memory id or a model's name as log and metrics show it."""
+    return redact(name.encode("utf-8", "replace").decode()[:MAX_MODEL]) or NONE
+
+
+# What an answer's header fields tell beside the answer: the memory service of itself, LiteLLM's server of the cost,
+# with a prefix before what comes from a provider.
+TOLD = re.compile(r"(?i)\r\n(?:llm_provider-)?(x-supermemory-[^:]*|x-litellm-response-cost):([^\r]*)")
+
+
+def stated_cost(text: str) -> float | None:
+    """What LiteLLM's server says that a call cost, in US dollars; for streams it does not know yet."""
+    try:
+        cost = float(text)
+    except ValueError:
+        return None
+    return cost if 0 < cost < MAX_COST else None
 
 
 ERROR_KINDS = {  # status → kind, in the metrics; LiteLLM's and OpenAI's names where they have one
@@ -1804,56 +1850,81 @@ def percentile(ordered: Sequence[float], percent: int) -> float | None:
 class Metrics:
     """What was served and how it went; one lock, at most `MAX_LABELS` memory ids and models.
 
-    Requests that have ended are counted when somebody asks, or when there are `COUNTED_AT_ONCE`: one behind the other
-    they take a third of what each takes alone, between two requests, and no client waits for it.
+    Requests that have ended are counted and logged by the log's thread, or by who asks for the figures: one behind the
+    other they take a third of what each takes alone, between two requests, and no client waits for it.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, log: Log) -> None:
+        self._log, self._lock = log, threading.Lock()
         self._counts: defaultdict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)  # by the values of `LABELS`
         self._histograms = {name: Histogram() for name, (kind, _) in FAMILIES.items() if kind == "histogram"}
         self._known: dict[str, set[str]] = {"user_id": set(), "model": set()}
-        self._in_flight = 0
-        self._ended: deque[tuple[float, Outcome]] = deque()
+        self._running: deque[None] = deque()  # as long as there are requests under way; it needs no lock
+        self._ended: deque[Ended] = deque()
+        self._shown = lru_cache(maxsize=4 * MAX_LABELS)(partial(name_shown, redact=lambda text: log.redact(text)))
         self._started = time.time()
-        self.memory_degraded = False
+        self._memory_failed = False
         self.sources: list[Callable[[], Figures]] = []  # figures that others keep, read when somebody asks
+        log.gather = self.settle
 
     def begin(self) -> None:
         """A request has begun."""
-        with self._lock:
-            self._in_flight += 1
+        self._running.append(None)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, ended: Ended) -> None:
         """A request that had begun has ended."""
-        self._ended.append((time.monotonic(), outcome))
-        if len(self._ended) >= COUNTED_AT_ONCE:
-            with self._lock:
-                self._settle()
+        self._running.pop()
+        self._ended.append(ended)
+        if len(self._ended) < SETTLED_AT_ONCE:
+            self._log.wake()
+        else:  # the log's thread is held up
+            self.settle()
 
-    def _settle(self) -> None:
-        while self._ended:
-            when, outcome = self._ended.popleft()
-            usage = outcome.usage
-            self._in_flight -= 1
-            side = (self._bounded("user_id", outcome.user_id), self._bounded("model", outcome.model), outcome.backend)
-            self._count("requests_total", 1, *side, f"{outcome.status // 100}xx")
+    def settle(self) -> None:
+        """Count and log the requests that have ended."""
+        with self._lock:
+            outcomes = [self._outcome(self._ended.popleft()) for _ in range(len(self._ended))]
+            self._count_requests(outcomes)
+        for outcome in outcomes:
+            name = "client_gone" if outcome.ended.status == 499 else "answered"
+            self._log.event("DEBUG" if outcome.ended.backend == OWN else "INFO", "request", name, outcome=outcome)
+
+    def _outcome(self, ended: Ended) -> Outcome:
+        """What is to be said of a request; the memory service has perhaps shown itself in its answer's headers."""
+        lines = ended.passed_on + field_lines(ended.headers)
+        told = {name.lower(): value.strip(" \t") for name, value in TOLD.findall(lines)}
+        cost = stated_cost(told.pop("x-litellm-response-cost", ""))
+        error = told.get("x-supermemory-error")
+        if told:
+            self._memory_failed = error is not None
+            self._count("memory_errors_total", int(self._memory_failed))
+        usage = ended.tally.usage() if ended.tally else Usage(cost_usd=cost)
+        return Outcome(ended, self._shown(ended.user_id), self._shown(ended.model), usage, error)
+
+    def _count_requests(self, outcomes: Sequence[Outcome]) -> None:
+        alike = Counter((each.user_id, each.model, each.ended.backend, each.ended.status) for each in outcomes)
+        for (user_id, model, backend, status), number in alike.items():
+            side = (self._bounded("user_id", user_id), self._bounded("model", model), backend)
+            self._count("requests_total", number, *side, f"{status // 100}xx")
+            if status >= 400:
+                self._count("errors_total", number, ERROR_KINDS.get(status, f"http_{status // 100}xx"))
+        now = time.monotonic()
+        for ended, user_id, model, usage, _ in outcomes:
             if usage != NO_USAGE:
+                side = (self._bounded("user_id", user_id), self._bounded("model", model), ended.backend)
                 self._count("tokens_total", usage.input_tokens, *side, "in")
                 self._count("tokens_total", usage.output_tokens, *side, "out")
                 self._count("cost_usd_total", usage.cost_usd, *side)
-            if outcome.status >= 400:
-                self._count("errors_total", 1, ERROR_KINDS.get(outcome.status, f"http_{outcome.status // 100}xx"))
-            if outcome.backend != OWN:
-                self._histograms["request_duration_seconds"].add(outcome.seconds, when)
-                if outcome.ttft is not None:
-                    self._histograms["time_to_first_token_seconds"].add(outcome.ttft, when)
+            if ended.backend != OWN:
+                self._histograms["request_duration_seconds"].add(ended.seconds, now)
+                if ended.ttft is not None:
+                    self._histograms["time_to_first_token_seconds"].add(ended.ttft, now)
 
-    def memory_answered(self, *, failed: bool) -> None:
-        """The memory service has shown itself in an answer's headers."""
-        with self._lock:
-            self.memory_degraded = failed
-            self._count("memory_errors_total", int(failed))
+    @property
+    def memory_degraded(self) -> bool:
+        """Whether the last answer of the memory service was a failure."""
+        self.settle()
+        return self._memory_failed
 
     def _bounded(self, name: str, value: str) -> str:
         """The value of a label, or ``other`` where it would be one too many."""
@@ -1870,15 +1941,15 @@ class Metrics:
 
     def samples(self) -> Figures:
         """Every figure but the histograms'."""
+        self.settle()
         with self._lock:
-            self._settle()
             found: Figures = {
                 name: {tuple(zip(LABELS[name], values, strict=True)): count for values, count in counts.items()}
                 for name, counts in self._counts.items()
             }
             recent = {name: histogram.recent() for name, histogram in self._histograms.items()}
-            found["requests_in_flight"] = {(): self._in_flight}
-            found["memory_degraded"] = {(): int(self.memory_degraded)}
+            found["requests_in_flight"] = {(): len(self._running)}
+            found["memory_degraded"] = {(): int(self._memory_failed)}
         for name, ordered in recent.items():
             values = ((("percentile", f"p{p}"), percentile(ordered, p)) for p in PERCENTILES)
             family = "recent_" + name.removeprefix("request_")
@@ -2072,6 +2143,7 @@ class CircuitBreaker:
 REQUEST_LINE = re.compile(rf"({FIELD_NAME.pattern}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
 ABSOLUTE_TARGET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(/[^?#]*)?(\?[^#]*)?")
 FIELD_LINES = re.compile(rf"(?:\r\n{FIELD_NAME.pattern}:[\t\x20-\x7e\x80-\xff]*)*")  # each behind its line break
+FIELD = re.compile(r"\r\n([^:]+):([^\r]*)")  # of lines that `FIELD_LINES` has accepted
 ANSWER_HEAD = re.compile(rf"HTTP/1\.([01]) ([1-9]\d\d)(?: ([\t\x20-\x7e\x80-\xff]*))?({FIELD_LINES.pattern})")
 LENGTH_DIGITS = re.compile(rb"\r\ncontent-length:[\t ]*([0-9]{1,15})[\t ]*(?![^\r])", re.I)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -2086,6 +2158,8 @@ HOP_BY_HOP = frozenset(
 # What no Connection header can make hop-by-hop: without them a body would be taken for another request.
 END_TO_END = frozenset("content-length content-type content-encoding host".split())
 OURS = frozenset(["x-request-id", "x-proxy-backend"])  # of an answer that is passed on: the front's own stand there
+# The fields of an answer that are not passed on as they are; what surrounds them is.
+MINDED = re.compile(rf"(?i)\r\n({'|'.join(sorted(HOP_BY_HOP | OURS | {'content-length'}))}):([^\r]*)")
 NO_BODY_STATUS = (204, 304)
 FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
 BODILESS = 0  # framings besides a length in bytes
@@ -2095,40 +2169,53 @@ BY_DIGITS = -3  # a length, which is not in what is remembered of the head
 
 
 class Headers:
-    """Header fields in the order they came, with their case and their duplicates; looked up in any case."""
+    """Header fields in the order they came, with their case and their duplicates; looked up in any case.
 
-    __slots__ = ("_index", "fields")
+    Attributes:
+        named: the values by name in lower case.
+    """
+
+    __slots__ = ("fields", "named")
 
     def __init__(self, fields: Iterable[tuple[str, str]]) -> None:
         self.fields = tuple(fields)
-        self._index: dict[str, list[str]] = {}
+        self.named: dict[str, list[str]] = {}
         for name, value in self.fields:
-            self._index.setdefault(name.lower(), []).append(value)
+            self.named.setdefault(name.lower(), []).append(value)
 
     @classmethod
     def parse(cls, lines: str) -> Headers:
         """From lines that `FIELD_LINES` has accepted."""
-        parts = [line.partition(":") for line in lines.split("\r\n")[1:]]
-        return cls([(name, value.strip(" \t")) for name, _, value in parts])
+        return cls([(name, value.strip(" \t")) for name, value in FIELD.findall(lines)])
+
+    @classmethod
+    def mind(cls, lines: str) -> tuple[str, Headers]:
+        """Of such lines, those that a proxy passes on, and the other fields: the hop-by-hop ones, ours, the length."""
+        parts = MINDED.split(lines)
+        fields = zip(parts[1::3], parts[2::3], strict=True)
+        passed_on, minded = "".join(parts[::3]), cls([(name, value.strip(" \t")) for name, value in fields])
+        if "connection" in minded.named:
+            named = frozenset(minded.tokens("connection")) - HOP_BY_HOP - END_TO_END - {"close"}
+            passed_on = field_lines(cls.parse(passed_on).end_to_end(named)) if named else passed_on
+        return passed_on, minded
 
     def values(self, name: str) -> list[str]:
         """Every value of the fields of this (lower-case) name, in order."""
-        return self._index.get(name, [])
+        return self.named.get(name, [])
 
     def get(self, name: str, default: str = "") -> str:
         """The values of this (lower-case) name as one list-valued field (RFC 9110 §5.3)."""
-        return ", ".join(self._index[name]) if name in self._index else default
+        return ", ".join(self.named[name]) if name in self.named else default
 
     def tokens(self, name: str) -> list[str]:
         """The comma-separated members of a field, in lower case."""
-        if name not in self._index:
+        if name not in self.named:
             return []
         return [token.strip(" \t").lower() for token in self.get(name).split(",") if token.strip(" \t")]
 
-    def end_to_end(self, drop: frozenset[str] = frozenset()) -> list[tuple[str, str]]:
-        """The fields that a proxy passes on: no hop-by-hop ones, none of the dropped (lower-case) names."""
-        dropped = HOP_BY_HOP | drop
-        if "connection" in self._index:
+    def end_to_end(self, dropped: frozenset[str] = HOP_BY_HOP) -> list[tuple[str, str]]:
+        """The fields that a proxy passes on: none of these (lower-case) names, nor what Connection makes hop-by-hop."""
+        if "connection" in self.named:
             dropped |= set(self.tokens("connection")) - END_TO_END
         return [field for field in self.fields if field[0].lower() not in dropped]
 
@@ -2204,6 +2291,12 @@ class Head:
         return len(given) == 1 and given[0].partition(";")[0].strip().lower() in FORM_TYPES
 
     @cached_property
+    def request_id(self) -> str:
+        """The client's ``x-request-id`` where it is one visible token, else ""."""
+        given = self.headers.values("x-request-id")
+        return given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else ""
+
+    @cached_property
     def closes(self) -> bool:
         """Whether the client closes its connection after this request (RFC 9112 §9.3)."""
         wanted = self.headers.tokens("connection")
@@ -2249,15 +2342,12 @@ class Request:
         return dict(parse_qsl(self.head.target.partition("?")[2], keep_blank_values=True))
 
 
-def nothing(*_: Any) -> None:
-    """Stands for a callback where nobody wants to know."""
-
-
 @dataclass
 class Response:
     """One answer on its way to the client.
 
     Args:
+        passed_on: the lines of further header fields, as they came, each behind its CRLF.
         body: the bytes, or an iterator over them as they arrive; the front calls its ``close()`` at the end.
         length: of a streamed body, in bytes, where it is known.
         tunnel: of a 101, takes over the client's socket: sends the head, and what was read from the client too far
@@ -2265,9 +2355,6 @@ class Response:
         bodiless: it has no body by its nature (HEAD, 204, 304), and its fields say all about its length.
         tally: what becomes known of it on the way.
         backend: the name of the one that answered, where it is not the one that was asked.
-        began: called by the front with the first bytes of a streamed body.
-        done: called by the front with the answer once it is out, and None; else with the status to record: 499 where
-            the client left, 502 where the body broke off.
     """
 
     status: int
@@ -2275,12 +2362,15 @@ class Response:
     body: bytes | Iterator[bytes] = b""
     length: int | None = None
     reason: str | None = None
+    passed_on: str = ""
     tunnel: Callable[[socket.socket, bytes, bytes], None] | None = None
     bodiless: bool = False
-    tally: Tally = field(default_factory=Tally)
+    tally: Tally | None = None
     backend: str | None = None
-    began: Callable[[], None] = nothing
-    done: Callable[[Response, int | None], None] = nothing
+
+    def lines(self) -> str:
+        """Its header fields, each behind its CRLF."""
+        return self.passed_on + field_lines(self.headers)
 
     def discard(self) -> None:
         """Let go of an answer that nobody is to get."""
@@ -2380,13 +2470,13 @@ def response_framing(method: str, status: int, headers: Headers) -> int:
     """The framing of an answer's body (RFC 9112 §6.3): a length, `CHUNKED` or `UNTIL_CLOSE`."""
     if method == "HEAD" or status in NO_BODY_STATUS or status < 200:
         return BODILESS
-    if headers.values("transfer-encoding"):
+    if "transfer-encoding" in headers.named:
         if headers.tokens("transfer-encoding") != ["chunked"]:
             raise ProxyError(502, "the LiteLLM server's answer has a transfer coding other than chunked")
         return CHUNKED
-    lengths = headers.values("content-length")
-    if not lengths:
+    if "content-length" not in headers.named:
         return UNTIL_CLOSE
+    lengths = headers.named["content-length"]
     length = lengths[0]
     if lengths.count(length) != len(lengths) or not (length.isascii() and length.isdigit()):
         raise ProxyError(502, "the LiteLLM server's answer has a malformed Content-Length")
@@ -2398,31 +2488,20 @@ def too_large(limit: int) -> ProxyError:
     return ProxyError(413, f"the request body is over {limit / (1024 * 1024):g} MiB (--max-body-mb)")
 
 
-def refuse_large(body: Body) -> None:
-    """Raises ProxyError 413 for a body that says itself that it is too large: before any of it is asked for."""
-    if body.framing > body.limit:
-        raise too_large(body.limit)
-
-
 class Reader:
     """Buffered input of one connection; what `receive` raises comes out of every method."""
 
     def __init__(self) -> None:
-        self._buffer, self._at = b"", 0  # what lies before `_at` has been read
+        self.buffer = b""  # what was received and not yet read
 
     def receive(self) -> bytes:
         """More bytes, waiting for them; b"" at the end of the input."""
         raise NotImplementedError
 
-    @property
-    def buffered(self) -> int:
-        """How many bytes were received and not yet read."""
-        return len(self._buffer) - self._at
-
     def fill(self) -> bool:
         """Receive once; False at the end of the input."""
         data = self.receive()
-        self._buffer, self._at = self._buffer[self._at :] + data, 0
+        self.buffer += data
         return bool(data)
 
     def head(self) -> bytes | None:
@@ -2432,40 +2511,37 @@ class Reader:
             ProxyError: 400 for bare line feeds and an unfinished head, 431 over `MAX_HEAD_BYTES`.
         """
         while True:
-            while self._buffer.startswith(b"\r\n", self._at):  # RFC 9112 §2.2 lets empty lines stand before a request
-                self._at += 2
-            end = self._buffer.find(b"\r\n\r\n", self._at, self._at + MAX_HEAD_BYTES)
-            if end >= 0:
-                return self._take(end, 4)
-            if self.buffered >= MAX_HEAD_BYTES:
+            while self.buffer.startswith(b"\r\n"):  # RFC 9112 §2.2 lets empty lines stand before a request
+                self.buffer = self.buffer[2:]
+            head, end, rest = self.buffer.partition(b"\r\n\r\n")
+            if len(head) >= MAX_HEAD_BYTES:
                 raise ProxyError(431, f"the request head is over {MAX_HEAD_BYTES // 1024} KiB")
-            if BARE_LF.search(self._buffer, self._at):
+            if end:
+                self.buffer = rest
+                return head
+            if BARE_LF.search(self.buffer):
                 raise ProxyError(400, "the request head has a line that does not end in CRLF")
             if not self.fill():
-                if self.buffered:
+                if self.buffer:
                     raise ProxyError(400, "the request head is unfinished")
                 return None
 
     def some(self, most: int) -> bytes:
         """At least one byte and at most ``most``; b"" at the end of the input."""
-        if self._at == len(self._buffer) and not self.fill():
-            return b""
-        return self._take(min(self._at + most, len(self._buffer)))
+        if not self.buffer:
+            self.fill()
+        data, self.buffer = self.buffer[:most], self.buffer[most:]
+        return data
 
     def line(self) -> bytes:
         """A line without its CRLF, of 4 KiB at most."""
-        while (end := self._buffer.find(b"\r\n", self._at)) < 0:
-            if self.buffered > 4096 or BARE_LF.search(self._buffer, self._at) or not self.fill():
+        while True:
+            line, end, rest = self.buffer.partition(b"\r\n")
+            if end:
+                self.buffer = rest
+                return line
+            if len(line) > 4096 or BARE_LF.search(line) or not self.fill():
                 raise ProxyError(400, "a chunk of the body is malformed")
-        return self._take(end, 2)
-
-    def _take(self, end: int, skip: int = 0) -> bytes:
-        """The bytes up to ``end``; so many more behind them are left out."""
-        data = self._buffer[self._at : end]
-        self._at = end + skip
-        if self._at == len(self._buffer):
-            self._buffer, self._at = b"", 0
-        return data
 
     def body(self, framing: int) -> Iterator[bytes]:
         """The body's bytes as they come in, without its chunked coding; trailers are dropped (RFC 9110 §6.5.1).
@@ -2535,9 +2611,14 @@ def json_object(data: bytes | str) -> dict[str, Any]:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-def head_bytes(first_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    """A message head from its first line and its fields; what is not Latin-1 becomes a question mark."""
-    return "\r\n".join([first_line, *map(": ".join, fields), "\r\n"]).encode("latin-1", "replace")
+def field_lines(fields: Iterable[tuple[str, str]]) -> str:
+    """Header fields as lines, each behind its CRLF."""
+    return "\r\n".join(["", *map(": ".join, fields)])
+
+
+def head_bytes(first_line: str, lines: str) -> bytes:
+    """A message head from its first line and those of its fields; what is not Latin-1 becomes a question mark."""
+    return f"{first_line}{lines}\r\n\r\n".encode("latin-1", "replace")
 
 
 def sse_event(data: str, event: str | None = None) -> bytes:
@@ -4670,7 +4751,7 @@ def forwarded_to_provider(name: str) -> bool:
 
 def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict[str, str]:
     """The client's headers that LiteLLM is to send on, with the memory id and the request id."""
-    dropped = CREDENTIAL_HEADERS | kept_back(mappings)
+    dropped = HOP_BY_HOP | CREDENTIAL_HEADERS | kept_back(mappings)
     kept = {
         name.lower(): request.headers.get(name.lower())
         for name, value in request.headers.end_to_end(dropped)
@@ -4755,7 +4836,6 @@ def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
 
 # Fields of a JSON body whose contents LiteLLM's server sends to the provider as headers.
 HEADER_PARAMS = ("extra_headers", "provider_specific_header")
-OURS_AND_LENGTH = OURS | {"content-length"}
 
 
 class Upstream:
@@ -4836,7 +4916,7 @@ class Pool:
                 connection = self._idle.pop()
                 self._busy += 1
             # One with something to read was closed by the server, or would give an answer to whom it is not meant for.
-            if time.monotonic() - connection.used_at < POOL_IDLE_SECONDS and not readable(connection.sock):
+            if time.monotonic() - connection.used_at < POOL_IDLE_SECONDS and not connection.readable():
                 return connection
             self.release(connection)
         connection = Connection(self.upstream.connect())
@@ -4893,6 +4973,15 @@ class Stale(Exception):
     """A connection out of the pool was closed before the first byte of an answer: a new one may do."""
 
 
+class AnswerHead(NamedTuple):
+    """The head of a server's answer; ``lines`` are those of its fields, each behind its CRLF."""
+
+    status: int
+    reason: str
+    minor_version: int
+    lines: str
+
+
 class Connection(Reader):
     """A connection to the server, for one exchange after another: send a request, read its answer.
 
@@ -4904,14 +4993,20 @@ class Connection(Reader):
         super().__init__()
         self.sock = sock
         self.used_at = 0.0  # when an exchange ended on it, by the monotonic clock
+        self._look = select.poll()
+        self._look.register(sock, select.POLLIN)
         tls = isinstance(sock, ssl.SSLSocket)
         self._flags = 0 if tls else socket.MSG_DONTWAIT
         self._early = 0 if tls else select.POLLIN  # an answer before the request is sent; TLS has messages of its own
 
+    def readable(self) -> bool:
+        """Whether there is something to read right now, the end of the input included."""
+        return bool(self._look.poll(0))
+
     def begin(self, peer: Peer, timeout: float) -> None:
         """An exchange begins, under watch of the client; the server may be silent for ``timeout`` seconds."""
         self._peer, self._timeout = peer, timeout
-        self.peek: tuple[int, str, int, Headers] | None = None  # a head that was read before its turn
+        self.peek: AnswerHead | None = None  # a head that was read before its turn
         self._begun = self._answered = False
         self._sent_at = 0.0
         self._poll: select.poll | None = None  # made once there is something to wait for
@@ -4977,16 +5072,16 @@ class Connection(Reader):
         """Read what the server says before it has everything; True where it was interim, and is passed on."""
         while True:
             answer = self.answer_head()
-            if answer[0] >= 200 or answer[0] == 101:
+            if answer.status >= 200 or answer.status == 101:
                 self.peek = answer
                 return False
-            if answer[0] != 100:
-                self._peer.interim(answer[0], answer[3])
-            if not self.buffered:
+            if answer.status != 100:
+                self._peer.interim(answer.status, Headers.parse(answer.lines))
+            if not self.buffer:
                 return True
 
-    def answer_head(self) -> tuple[int, str, int, Headers]:
-        """Status, reason phrase, minor version and headers of the next answer, interim ones included."""
+    def answer_head(self) -> AnswerHead:
+        """The head of the next answer, interim ones included."""
         try:
             head = self.head()
         except ProxyError as error:
@@ -4998,7 +5093,7 @@ class Connection(Reader):
             said = "the LiteLLM server closed the connection" if head is None else BAD_ANSWER
             raise ProxyError(502, said, blame=BACKEND)
         minor, status, reason, lines = match.groups()
-        return int(status), reason or "", int(minor), Headers.parse(lines)
+        return AnswerHead(int(status), reason or "", int(minor), lines)
 
 
 class AnswerBody:
@@ -5010,7 +5105,7 @@ class AnswerBody:
 
     def __init__(self, connection: Connection, framing: int, finish: Callable[[bool], None]) -> None:
         # The head leaves at once, however long the first byte of the body takes.
-        early = () if connection.buffered else (b"",)
+        early = () if connection.buffer else (b"",)
         self._pieces, self._finish = chain(early, connection.body(framing)), finish
         self._open = True
 
@@ -5048,7 +5143,7 @@ class BinaryBackend:
 
     def __init__(self, config: Config, pool: Pool, server: LitellmServer | None = None) -> None:
         self.pool, self.server, self._upstream = pool, server, pool.upstream
-        self._kept_back, self._timeout = kept_back(config.mappings), config.silent_seconds
+        self._kept_back, self._timeout = HOP_BY_HOP | kept_back(config.mappings), config.silent_seconds
         self._template = lru_cache(maxsize=REMEMBERED_HEADS)(self._make_template)
         authority, prefix = re.escape(self._upstream.authority), re.escape(self._upstream.prefix)
         self._own_place = re.compile(rf"(?i:https?://{authority})?{prefix}(?=/(?!/)|$)")
@@ -5062,17 +5157,15 @@ class BinaryBackend:
         """
         if self.server and (reason := self.server.down()):
             raise unavailable(reason)
-        if request.body.framing and not request.head.is_form:  # LiteLLM's server takes all but forms for JSON
-            data = request.body.read()
-            request.model = model_named_in(data)
-            refuse_smuggled_headers(data)
+        body = None if request.head.is_form else self._json_body(request)
         head = self._head(request, route)
         # A streamed body cannot be sent again, and so is not trusted to a connection that may be stale.
-        for fresh in (is_streamed(request), True):
+        for fresh in (body is None and is_large(request.body), True):
             connection = self.pool.take(fresh=fresh)
             connection.begin(request.peer, self._timeout)
             try:
-                return self._exchange(connection, request, head)
+                sent = self._send_form(connection, request, head) if body is None else connection.send(head + body)
+                return self._answer(connection, request, sent)
             except Stale:
                 self.pool.release(connection)
             except OSError as error:
@@ -5083,11 +5176,25 @@ class BinaryBackend:
                 raise
         raise AssertionError  # a fresh connection is not stale
 
-    def _lead_through_us(self, field: tuple[str, str]) -> tuple[str, str]:
-        """A header field; of a redirect to the server, without the server's place: past us, no memory is injected."""
-        name, value = field
-        there = self._own_place.match(value) if name.lower() == "location" else None
-        return (name, value[there.end() :] or "/") if there else field
+    @staticmethod
+    def _json_body(request: Request) -> bytes:
+        """The body as it is sent on; LiteLLM's server takes all but forms for JSON."""
+        framing = request.body.framing
+        if framing == BODILESS:
+            return b""
+        data = request.body.read()
+        request.model = model_named_in(data)
+        refuse_smuggled_headers(data)
+        return (chunk(data) if data else b"") + LAST_CHUNK if framing == CHUNKED else data
+
+    def _lead_through_us(self, lines: str) -> list[tuple[str, str]]:
+        """The fields of a redirect; one to the server is without its place: past us, no memory is injected."""
+
+        def led(name: str, value: str) -> tuple[str, str]:
+            there = self._own_place.match(value) if name.lower() == "location" else None
+            return (name, value[there.end() :] or "/") if there else (name, value)
+
+        return [led(name, value) for name, value in Headers.parse(lines).fields]
 
     def _head(self, request: Request, route: Route) -> bytes:
         """The request head for the server: the client's own but for what a proxy changes."""
@@ -5111,49 +5218,45 @@ class BinaryBackend:
         mark = "\0"  # stands in no head
         marked = [(name, mark if name.lower() == "content-length" else value) for name, value in fields]
         line = f"{head.method} {self._upstream.prefix}{head.target} HTTP/1.1"
-        whole = head_bytes(line, [*marked, *injected, ("x-request-id", "")]).removesuffix(b"\r\n\r\n")
+        whole = head_bytes(line, field_lines([*marked, *injected, ("x-request-id", "")])).removesuffix(b"\r\n\r\n")
         before, _, after = whole.partition(mark.encode())
         return before, after
 
-    def _exchange(self, connection: Connection, request: Request, head: bytes) -> Response:
-        """Send the request and read the answer's head; its body is read as the front asks for it."""
-        whole = self._send(connection, request, head)
-        status, reason, minor, headers = self._final_head(connection, request)
+    def _answer(self, connection: Connection, request: Request, sent: bool) -> Response:
+        """Read the head of the answer to a request that was sent, as a whole or not; the front asks for its body."""
+        status, reason, minor, lines = self._final_head(connection, request)
         if status == 101:
             if not upgrades(request.headers):
                 raise ProxyError(502, BAD_ANSWER)
-            return self._tunnel(connection, status, reason, headers)
-        framing = response_framing(request.method, status, headers)
-        keep = whole and minor == 1 and framing != UNTIL_CLOSE and "close" not in headers.tokens("connection")
-        there = 0 < framing <= connection.buffered
-        fields = headers.end_to_end(OURS_AND_LENGTH if there or framing == CHUNKED else OURS)
+            return self._tunnel(connection, status, reason, Headers.parse(lines))
+        passed_on, minded = Headers.mind(lines)
+        framing = response_framing(request.method, status, minded)
+        keep = sent and minor == 1 and framing != UNTIL_CLOSE and "close" not in minded.tokens("connection")
+        response = Response(status, reason=reason, passed_on=passed_on)
         if 300 <= status < 400:
-            fields = list(map(self._lead_through_us, fields))
+            response.headers, response.passed_on = self._lead_through_us(passed_on), ""
         if framing == BODILESS:
+            response.bodiless = True
+            response.headers += [field for field in minded.fields if field[0].lower() == "content-length"]
             self._finish(connection, keep)
-            return Response(status, fields, b"", reason=reason, bodiless=True)
-        tally = Tally(known_cost=stated_cost(headers))
-        if there:  # the body came with its head: there is nothing to wait for
-            data = connection.some(framing)
+        elif 0 < framing <= len(connection.buffer):  # the body came with its head: there is nothing to wait for
+            response.body = connection.some(framing)
             self._finish(connection, keep)
-            return Response(status, fields, data, reason=reason, tally=tally)
-        body = AnswerBody(connection, framing, lambda whole: self._finish(connection, keep and whole))
-        return Response(status, fields, body, framing if framing > 0 else None, reason, tally=tally)
+        else:
+            response.body = AnswerBody(connection, framing, lambda whole: self._finish(connection, keep and whole))
+            response.length = framing if framing > 0 else None
+        return response
 
-    def _send(self, connection: Connection, request: Request, head: bytes) -> bool:
-        """Send head and body; False where the server answered before it had all of the body."""
-        framing = request.body.framing
-        # Only a form has not been read yet: of all else the client has long been told to go on.
-        if framing and request.head.is_form and request.head.expects_continue:
+    def _send_form(self, connection: Connection, request: Request, head: bytes) -> bool:
+        """Send head and form; False where the server answered before it had all of it."""
+        body, framing = request.body, request.body.framing
+        if framing and request.head.expects_continue:
             if not connection.send(head) or not self._may_continue(connection, request):
                 return False
             head = b""
-        if not is_streamed(request):
-            data = request.body.read()  # small, or looked into already: one write, and it can be sent again
-            if framing == CHUNKED:
-                data = (chunk(data) if data else b"") + LAST_CHUNK
-            return connection.send(head + data)
-        for piece in request.body.pieces():
+        if not is_large(body):
+            return connection.send(head + body.read())  # one write, and it can be sent again
+        for piece in body.pieces():
             if not connection.send(head + (chunk(piece) if framing == CHUNKED else piece)):
                 return False
             head = b""
@@ -5167,25 +5270,25 @@ class BinaryBackend:
         if not poll.poll(CONTINUE_SECONDS * 1000):
             return True
         connection.peek = connection.answer_head()
-        if connection.peek[0] != 100:
+        if connection.peek.status != 100:
             return False
-        request.peer.interim(100, connection.peek[3])
+        request.peer.interim(100, Headers.parse(connection.peek.lines))
         connection.peek = None
         return True
 
     @staticmethod
-    def _final_head(connection: Connection, request: Request) -> tuple[int, str, int, Headers]:
+    def _final_head(connection: Connection, request: Request) -> AnswerHead:
         """The head of the final answer; interim ones are passed on."""
         while True:
             answer, connection.peek = connection.peek or connection.answer_head(), None
-            if answer[0] >= 200 or answer[0] == 101:
+            if answer.status >= 200 or answer.status == 101:
                 return answer
-            if answer[0] != 100:  # a 100 nobody waits for any more
-                request.peer.interim(answer[0], answer[3])
+            if answer.status != 100:  # a 100 nobody waits for any more
+                request.peer.interim(answer.status, Headers.parse(answer.lines))
 
     def _finish(self, connection: Connection, keep: bool) -> None:
         """The exchange is over; its connection is kept where the answer was whole and nothing came behind it."""
-        self.pool.release(connection, keep=keep and not connection.buffered)
+        self.pool.release(connection, keep=keep and not connection.buffer)
 
     def _tunnel(self, connection: Connection, status: int, reason: str, headers: Headers) -> Response:
         """A 101: from here on bytes flow both ways, whatever they are."""
@@ -5195,7 +5298,7 @@ class BinaryBackend:
             try:
                 connection.sock.settimeout(None)
                 connection.sock.sendall(early)
-                client.sendall(head + (connection.some(RECEIVE_BYTES) if connection.buffered else b""))
+                client.sendall(head + connection.buffer)
                 pump(client, connection.sock)
             finally:
                 self._finish(connection, keep=False)
@@ -5224,21 +5327,12 @@ def unavailable(reason: str) -> ProxyError:
     return ProxyError(503, reason, headers=[("Retry-After", str(RETRY_AFTER_SECONDS))], blame=BACKEND)
 
 
-def stated_cost(headers: Headers) -> float | None:
-    """What LiteLLM's server says that a call cost, in US dollars; for streams it does not know yet."""
-    try:
-        cost = float(headers.get("x-litellm-response-cost", "0"))
-    except ValueError:
-        return None
-    return cost if 0 < cost < MAX_COST else None
+def is_large(form: Body) -> bool:
+    """Whether a form is sent on as it comes in, and not kept; one of unknown length is."""
+    return not 0 <= form.framing <= RECEIVE_BYTES
 
 
-def is_streamed(request: Request) -> bool:
-    """Whether the body is sent on as it comes in, and not kept: a form that is large, or of unknown length."""
-    return request.head.is_form and not 0 <= request.body.framing <= RECEIVE_BYTES
-
-
-MODEL_FIELD = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.){0,500})"')
+MODEL_FIELD = re.compile(rb'"model"\s*:\s*"([^"\\]{0,500})"')
 
 
 def model_named_in(data: bytes) -> str:
@@ -5246,13 +5340,13 @@ def model_named_in(data: bytes) -> str:
 
     A body is parsed only where more than one place could be meant: a conversation is large, its model is not.
     """
-    found = MODEL_FIELD.findall(data)
-    try:
-        if len(found) == 1 and b"\\" not in found[0]:
-            return str(found[0], "utf-8")
-        named = json.loads(data).get("model") if found else ""
-    except (ValueError, AttributeError, RecursionError):
+    at = data.find(b'"model"')
+    if at < 0:
         return ""
+    found = MODEL_FIELD.match(data, at)
+    if found and data.find(b'"model"', found.end()) < 0:
+        return found[1].decode("utf-8", "replace")
+    named = json_object(data).get("model")
     return named if isinstance(named, str) else ""
 
 
@@ -5622,7 +5716,7 @@ def out_of_order(response: Response) -> bool:
     was called (``count_tokens`` lacks it always, and does nothing). A gateway's 504 is final too: what it
     has waited for may well be under way.
     """
-    marked = any(name.lower() == "x-litellm-call-id" for name, _ in response.headers)
+    marked = "\r\nx-litellm-call-id:" in response.lines().lower()
     return response.status >= 500 and response.status != 504 and not marked
 
 
@@ -5731,27 +5825,30 @@ class InFlight:
     """Counts the requests under way, from head to end, so that what serves them is not taken away before the last."""
 
     def __init__(self) -> None:
-        self._lock, self._count, self._closed = threading.Lock(), 0, False
-        self._changed = threading.Condition(self._lock)
+        self._running: deque[None] = deque()  # as long as there are requests; it needs no lock
+        self._closed = False
+        self._changed = threading.Condition()
 
     def begin(self) -> bool:
         """A request begins; False where it is too late for that."""
-        with self._lock:
-            self._count += not self._closed
-            return not self._closed
+        self._running.append(None)
+        if self._closed:
+            self.end()
+            return False
+        return True
 
     def end(self) -> None:
         """A request that had begun has ended."""
-        with self._lock:
-            self._count -= 1
-            if self._closed:
+        self._running.pop()
+        if self._closed:
+            with self._changed:
                 self._changed.notify_all()
 
     def close(self, seconds: float) -> None:
         """Let none begin any more, and wait this long for the rest to end."""
-        with self._lock:
-            self._closed = True
-            self._changed.wait_for(lambda: not self._count, seconds)
+        self._closed = True
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running, seconds)
 
 
 @dataclass(frozen=True)
@@ -5787,7 +5884,11 @@ class Serving:
 
 @dataclass
 class Record:
-    """What is remembered of one request; ``backend`` is `OWN` for the endpoints of our own."""
+    """One request and what becomes of it; ``backend`` is `OWN` for the endpoints of our own.
+
+    ``began`` is when the request's head was read, by the monotonic clock, ``ttft`` how many seconds later the first
+    byte of the answer's body was there.
+    """
 
     request: Request
     began: float
@@ -5795,14 +5896,11 @@ class Record:
     route: Route = NO_ROUTE
     backend: str = OWN
     ttft: float | None = None
-
-    def seconds(self) -> float:
-        """How long ago the request's head was read."""
-        return time.monotonic() - self.began
+    response: Response = field(init=False)
 
     def first_byte(self) -> None:
         """The first byte of the answer's body is there."""
-        self.ttft = self.seconds()
+        self.ttft = time.monotonic() - self.began
 
 
 class Admission(NamedTuple):
@@ -5819,6 +5917,9 @@ class Admission(NamedTuple):
     cors: Sequence[tuple[str, str]] = ()
 
 
+STRANGER = Admission()
+
+
 class Application:
     """What one front serves.
 
@@ -5829,7 +5930,6 @@ class Application:
         self.serving: Serving  # set before the first request, and replaced as a whole: one under way keeps its own
         self._metrics, self._log, self._access = metrics, log, access
         self._reported: set[str] = set()  # patterns whose invalid ids were logged
-        self._shown = lru_cache(maxsize=4 * MAX_LABELS)(partial(name_shown, redact=lambda text: log.redact(text)))
         self._admit = lru_cache(maxsize=REMEMBERED_HEADS)(self._make_admission)
         self._own = {
             "/health": self._health,
@@ -5838,45 +5938,54 @@ class Application:
             "/metrics": self._prometheus,
         }
 
-    def answer(self, request: Request) -> Response:
-        """Serve one request; every outcome but a vanished client is a Response."""
+    def answer(self, request: Request) -> Record:
+        """Serve one request; every outcome but a vanished client has a response. The front says when it is out."""
         while not (serving := self.serving).in_flight.begin():
             pass  # it was replaced this very moment
         record = Record(request, time.monotonic(), serving)
-        request.id = request_id_of(request.headers)
-        admission = Admission()
+        request.id = request.head.request_id or new_request_id()
+        admission = STRANGER
         self._metrics.begin()
         try:
             admission = self._admit(request.head)
-            if admission.preflight:
-                response = Response(204, list(admission.preflight), bodiless=True)
-            elif admission.own:
-                response = self._answer_own(record, admission.own)
-            else:
-                response = self._answer_model(record)
+            response = self._serve(record, admission)
         except ProxyError as error:
             response = self._error(error, request)
         except ClientGone:
-            self._end(record, Response(499), None)
+            record.response = Response(499)
+            self.end(record)
             raise
         except Exception as error:
             response = self._error(defect(error, request.id, self._log), request)
-        record.backend = response.backend or record.backend
-        response.headers = self._headers(record, response, admission.cors)
+        record.response, record.backend = response, response.backend or record.backend
+        if admission.cors:  # LiteLLM's server has such fields too
+            replaced = {name.lower() for name, _ in admission.cors} - {"vary"}
+            fields = Headers.parse(response.lines()).fields
+            kept = [field for field in fields if field[0].lower() not in replaced]
+            response.headers, response.passed_on = [*kept, *admission.cors], ""
+        side = serving.primary.name if record.backend == OWN else record.backend
+        response.headers += [("x-request-id", request.id), ("x-proxy-backend", side)]
         if isinstance(response.body, bytes):
             record.first_byte()
-        response.began, response.done = record.first_byte, partial(self._end, record)
-        return response
+        return record
 
-    @staticmethod
-    def _headers(record: Record, response: Response, cors: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """The answer's header fields with ours in them."""
-        side = record.serving.primary.name if record.backend == OWN else record.backend
-        fields = response.headers
-        if cors:  # LiteLLM's server has such fields too
-            replaced = {name.lower() for name, _ in cors} - {"vary"}
-            fields = [field for field in fields if field[0].lower() not in replaced]
-        return [*fields, *cors, ("x-request-id", record.request.id), ("x-proxy-backend", side)]
+    def _serve(self, record: Record, admission: Admission) -> Response:
+        if admission.preflight:
+            return Response(204, list(admission.preflight), bodiless=True)
+        if admission.own:
+            return self._answer_own(record, admission.own)
+        request, serving = record.request, record.serving
+        record.backend = serving.primary.name
+        record.route = route = serving.route(request.head)
+        if route.invalid:
+            self._report(route, request)
+        if request.body.framing > request.body.limit:  # before any of it is asked for
+            raise too_large(request.body.limit)
+        backend = serving.backend(route)
+        record.backend = backend.name
+        if backend.name == "sdk":  # LiteLLM's server checks keys itself: it knows its virtual ones too
+            self._check_key(record)
+        return backend.answer(request, route)
 
     def _make_admission(self, head: Head) -> Admission:
         """Raises ProxyError 403 for a stranger."""
@@ -5889,16 +5998,6 @@ class Application:
         if not self._access.loopback and record.request.path != "/health":
             self._check_key(record)
         return own(record)
-
-    def _answer_model(self, record: Record) -> Response:
-        record.backend = record.serving.primary.name
-        record.route = self._route(record)
-        refuse_large(record.request.body)
-        backend = record.serving.backend(record.route)
-        record.backend = backend.name
-        if backend.name == "sdk":  # LiteLLM's server checks keys itself: it knows its virtual ones too
-            self._check_key(record)
-        return backend.answer(record.request, record.route)
 
     @staticmethod
     def _check_key(record: Record) -> None:
@@ -5919,9 +6018,8 @@ class Application:
                 code="invalid_api_key",
             )
 
-    def _route(self, record: Record, headers: Headers | None = None) -> Route:
-        request, serving = record.request, record.serving
-        route = route_request(headers, serving.config.mappings) if headers else serving.route(request.head)
+    def _report(self, route: Route, request: Request) -> None:
+        """Log, once for each pattern, that it has found what is no memory id."""
         for pattern, user_id in route.invalid:
             if pattern.pattern not in self._reported:
                 self._reported.add(pattern.pattern)
@@ -5929,14 +6027,13 @@ class Application:
                     f"{pattern.pattern} on {pattern.header} gives {user_id!r}, which is no memory id: it does not match"
                 )
                 self._log.event("WARNING", "memory", "invalid_id", request_id=request.id, message=message)
-        return route
 
     def refuse(self, error: ProxyError, request: Request | None = None) -> Response:
         """The answer to a request that could not be read, or of which the answer broke off before it began."""
         request_id = request.id if request else new_request_id()
         if request is None:  # else it has been counted
             self._metrics.begin()
-            self._metrics.end(Outcome(NONE, NONE, OWN, error.status, 0.0))
+            self._metrics.end(Ended(time.time(), NONE, NONE, OWN, error.status, 0.0))
         fields: dict[str, Any] = {"request_id": request_id, "status": error.status, "message": error.message}
         self._log.event("WARNING", "front", "refused", **fields)
         error.headers += [("x-request-id", request_id), ("x-proxy-backend", self.serving.primary.name)]
@@ -5948,38 +6045,27 @@ class Application:
         dialect = dialect_of(request.path) if request else OPENAI
         return json_response(error.status, error.body(dialect), error.headers)
 
-    def _end(self, record: Record, response: Response, status: int | None) -> None:
-        """A request has ended: count it, log it. 499 says that the client left."""
+    def end(self, record: Record, status: int | None = None) -> None:
+        """The answer is out; else this is the status to record: 499 where the client left, 502 where it broke off."""
         record.serving.in_flight.end()
-        request = record.request
-        outcome = Outcome(
-            self._shown(record.route.user_id),
-            self._shown(request.model),
+        request, response = record.request, record.response
+        tally = response.tally
+        ended = Ended(
+            time.time(),
+            record.route.user_id,
+            request.model,
             record.backend,
-            status or response.tally.error_status or response.status,
-            record.seconds(),
+            status or (tally.error_status if tally else None) or response.status,
+            time.monotonic() - record.began,
             record.ttft,
-            response.tally.usage(),
+            tally,
+            response.passed_on,
+            response.headers,
             request.id,
-            request.method,
-            request.path,
-            self._watch_memory(response),
+            request.head.method,
+            request.head.path,
         )
-        self._metrics.end(outcome)
-        name = "client_gone" if outcome.status == 499 else "answered"
-        self._log.event("DEBUG" if record.backend == OWN else "INFO", "request", name, outcome=outcome)
-
-    def _watch_memory(self, response: Response) -> str | None:
-        """What the memory service says of itself in an answer; LiteLLM's server puts a prefix before its headers."""
-        said = {name.lower(): value for name, value in response.headers if "supermemory" in name.lower()}
-        if not said:
-            return None
-        said = {name.removeprefix("llm_provider-"): value for name, value in said.items()}
-        if not any(name.startswith("x-supermemory-") for name in said):
-            return None
-        error = said.get("x-supermemory-error")
-        self._metrics.memory_answered(failed=error is not None)
-        return error
+        self._metrics.end(ended)
 
     # The endpoints of our own.
 
@@ -5997,8 +6083,11 @@ class Application:
         return json_response(503 if worst == "unhealthy" else 200, document)
 
     def _info(self, record: Record) -> Response:
-        asked = Headers(record.request.query.items())  # for a client that is not at hand
-        return json_response(200, route_info(self._route(record, asked if asked.fields else None)))
+        request, mappings = record.request, record.serving.config.mappings
+        asked = Headers(request.query.items())  # for a client that is not at hand
+        route = route_request(asked if asked.fields else request.headers, mappings)
+        self._report(route, request)
+        return json_response(200, route_info(route))
 
     def _stats(self, _record: Record) -> Response:
         return json_response(200, self._metrics.snapshot())
@@ -6007,17 +6096,6 @@ class Application:
         return Response(
             200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], self._metrics.prometheus().encode()
         )
-
-
-def name_shown(name: str, redact: Callable[[str], str]) -> str:
-    """A memory id or a model's name as log and metrics show it."""
-    return redact(name.encode("utf-8", "replace").decode()[:MAX_MODEL]) or NONE
-
-
-def request_id_of(headers: Headers) -> str:
-    """The client's ``x-request-id`` where it is one visible token, else a new one."""
-    given = headers.values("x-request-id")
-    return given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else new_request_id()
 
 
 def new_request_id() -> str:
@@ -6034,11 +6112,12 @@ def new_request_id() -> str:
 class ClientPeer:
     """A client's socket during one request, as backends may see it."""
 
+    chunked = False  # whether the body of the answer is
+    _told_to_continue = False
+    _rest = b""  # what `write_now` has begun to send
+
     def __init__(self, sock: socket.socket, minor_version: int = 1) -> None:
         self._sock, self._minor_version = sock, minor_version
-        self._told_to_continue = False
-        self.chunked = False  # whether the body of the answer is
-        self._rest = b""  # what `write_now` has begun to send
 
     def fileno(self) -> int:
         """The socket's descriptor; -1 once it is closed."""
@@ -6063,7 +6142,8 @@ class ClientPeer:
             return
         self._told_to_continue |= status == 100
         try:
-            self._sock.sendall(head_bytes(f"HTTP/1.1 {status} {reason_phrase(status)}", headers.end_to_end()))
+            head = head_bytes(f"HTTP/1.1 {status} {reason_phrase(status)}", field_lines(headers.end_to_end()))
+            self._sock.sendall(head)
         except OSError:
             raise ClientGone from None
 
@@ -6134,7 +6214,7 @@ class ClientBody:
 
     def read(self) -> bytes:
         """All of it."""
-        if self._data is None and 0 < self.framing <= min(self._reader.buffered, self.limit):
+        if self._data is None and 0 < self.framing <= min(len(self._reader.buffer), self.limit):
             self._data, self.finished = self._reader.some(self.framing), True  # it came with its head
         elif self._data is None:
             self._data = b"".join(self.pieces())
@@ -6153,7 +6233,8 @@ def last_answer(response: Response) -> bytes:
     """A whole answer as the last one on its connection."""
     assert isinstance(response.body, bytes)
     fields = [*response.headers, ("Content-Length", str(len(response.body))), ("Connection", "close")]
-    return head_bytes(f"HTTP/1.1 {response.status} {reason_phrase(response.status)}", fields) + response.body
+    first_line = f"HTTP/1.1 {response.status} {reason_phrase(response.status)}"
+    return head_bytes(first_line, field_lines(fields)) + response.body
 
 
 class BrokenOff(ClientGone):
@@ -6191,11 +6272,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if request is None:
                 self.close_connection = True
                 return
-            response = self.server.application.answer(request)
+            record = self.server.application.answer(request)
             assert isinstance(request.body, ClientBody)
             # What is left of a body that nobody wanted would be taken for the next request.
             self.close_connection |= not request.body.finished
-            self._deliver(request, response)
+            self._deliver(record)
             if not request.body.finished:
                 self._linger()
         except ProxyError as error:  # the head was unusable, or never came, or the answer broke off before it began
@@ -6205,7 +6286,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The next request, or None where the client has closed or stayed idle."""
         self._reader.seconds = IDLE_SECONDS
         try:
-            if not self._reader.buffered and not self._reader.fill():
+            if not self._reader.buffer and not self._reader.fill():
                 return None
         except ProxyError:
             return None
@@ -6228,28 +6309,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.sendall(last_answer(self.server.application.refuse(error, request)))
         self._linger()
 
-    def _deliver(self, request: Request, response: Response) -> None:
+    def _deliver(self, record: Record) -> None:
         """Write one answer, and tell how that ended: afterwards, when the client has no more to wait for."""
         status: int | None = 499
         try:
-            self._send(request, response)
+            self._send(record)
             status = None
         except (ProxyError, BrokenOff):
             status = 502
             raise
         finally:
-            response.done(response, status)
+            self.server.application.end(record, status)
 
-    def _send(self, request: Request, response: Response) -> None:
+    def _send(self, record: Record) -> None:
         """Write one answer."""
-        body = response.body
+        request, response = record.request, record.response
+        body, fields = response.body, response.headers
         closing = self.close_connection or self.server.connections.draining
-        fields = list(response.headers)
         chunked = False
         if isinstance(body, bytes):
             if not response.bodiless and response.tunnel is None:
                 fields.append(("Content-Length", str(len(body))))
-        elif response.length is None:
+        elif response.length is not None:
+            fields.append(("Content-Length", str(response.length)))
+        else:
             chunked = request.head.minor_version >= 1
             closing |= not chunked
             if chunked:
@@ -6258,24 +6341,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields.append(("Connection", "close" if closing else "keep-alive"))
         self.close_connection = closing
         reason = reason_phrase(response.status) if response.reason is None else response.reason
-        head = head_bytes(f"HTTP/1.1 {response.status} {reason}", fields)
+        head = head_bytes(f"HTTP/1.1 {response.status} {reason}", response.lines())
         if response.tunnel:
             self.close_connection = True
-            response.tunnel(self.connection, head, self._reader.some(RECEIVE_BYTES) if self._reader.buffered else b"")
+            response.tunnel(self.connection, head, self._reader.buffer)
         elif isinstance(body, bytes):
             self.connection.sendall(head if request.method == "HEAD" else head + body)
         else:
             assert isinstance(request.peer, ClientPeer)
             request.peer.chunked = chunked
-            self._stream(request.peer, head, body, response.began)
+            self._stream(request.peer, head, body, record.first_byte)
 
-    def _stream(self, peer: ClientPeer, head: bytes, body: Iterator[bytes], began: Callable[[], None]) -> None:
+    def _stream(self, peer: ClientPeer, head: bytes, body: Iterator[bytes], first_byte: Callable[[], None]) -> None:
         """Write an answer as it comes. One that breaks off leaves the connection closed without its end marked."""
+        begun = False
         try:
             for data in body:
-                if data:
-                    began()
-                    began = nothing
+                if data and not begun:
+                    begun = True
+                    first_byte()
                 peer.write(head, data)
                 head = b""
             self.connection.sendall(head + (LAST_CHUNK if peer.chunked else b""))
@@ -6304,68 +6388,72 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Connections:
-    """The open client connections, idle or busy, the longest idle first; one lock.
+    """The open client connections, and which of them are idle, the longest idle first.
+
+    A request takes no lock here: who takes a connection out of the idle ones, its own thread for a request or another
+    to close it, has it (`dict.pop` is atomic).
 
     Args:
         limit: how many there may be at once.
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._lock = limit, threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._busy: dict[socket.socket, bool] = {}
+        self._limit, self._changed = limit, threading.Condition()
+        self._open: set[socket.socket] = set()
+        self._idle: dict[socket.socket, None] = {}
         self.draining = False
 
     @property
     def count(self) -> int:
         """How many there are."""
-        return len(self._busy)
+        return len(self._open)
 
     def admit(self, sock: socket.socket) -> bool:
-        """Take in a new connection, in the place of the longest idle one if need be; False where there is none.
-
-        One whose request has come in, and is about to be read, is not idle any more.
-        """
-        with self._lock:
-            if len(self._busy) >= self._limit:
-                idle = next((other for other, busy in self._busy.items() if not (busy or readable(other))), None)
-                if idle is None:
-                    return False
-                del self._busy[idle]
-                shut(idle)
-            self._busy[sock] = False
+        """Take in a new connection, in the place of the longest idle one if need be; False where there is none."""
+        with self._changed:
+            if len(self._open) >= self._limit and not self._make_room():
+                return False
+            self._open.add(sock)
+            self._idle[sock] = None
             return True
+
+    def _make_room(self) -> bool:
+        for sock in list(self._idle):
+            # One whose request has come in, and is about to be read, is not idle any more.
+            if not readable(sock) and self._take(sock):
+                self._open.discard(sock)
+                shut(sock)
+                return True
+        return False
+
+    def _take(self, sock: socket.socket) -> bool:
+        """Take a connection out of the idle ones; False where another thread has."""
+        return self._idle.pop(sock, self) is None
 
     def idle(self, sock: socket.socket) -> bool:
         """The connection waits for a request; False where it should close instead."""
-        return self._mark(sock, busy=False)
+        self._idle[sock] = None
+        return sock in self._open and not self.draining
 
     def busy(self, sock: socket.socket) -> bool:
-        """The connection has a request; False where it came too late."""
-        return self._mark(sock, busy=True)
-
-    def _mark(self, sock: socket.socket, *, busy: bool) -> bool:
-        with self._lock:
-            if self._busy.pop(sock, None) is None:  # it had to make room
-                return False
-            self._busy[sock] = busy
-            return not self.draining
+        """The connection has a request; False where it had to make room, or came too late."""
+        return self._take(sock) and not self.draining
 
     def forget(self, sock: socket.socket) -> None:
         """The connection is closed."""
-        with self._lock:
-            self._busy.pop(sock, None)
+        with self._changed:
+            self._open.discard(sock)
+            self._idle.pop(sock, None)
             self._changed.notify_all()
 
     def drain(self, seconds: float) -> bool:
         """Close idle connections and wait for the busy ones; False where some were still busy at the end."""
-        with self._lock:
-            self.draining = True
-            for sock, busy in self._busy.items():
-                if not busy:
-                    shut(sock)
-            quiet = self._changed.wait_for(lambda: not self._busy, seconds)
-            for sock in self._busy:
+        self.draining = True
+        for sock in list(self._idle):
+            shut(sock)
+        with self._changed:
+            quiet = self._changed.wait_for(lambda: not self._open, seconds)
+            for sock in self._open:
                 shut(sock)
         return quiet
 
@@ -6590,7 +6678,7 @@ class Program:
     ) -> None:
         self._settings, self._log, self._stopped, self._publish = settings, log, stopped, publish
         self._given = given
-        self._metrics = Metrics()
+        self._metrics = Metrics(log)
         self._metrics.sources.append(self._samples)
         self._breaker = CircuitBreaker(self._breaker_changed)
         self._runtime: SdkRuntime | None = None

@@ -1314,15 +1314,19 @@ def test_what_a_library_logs_wrongly_fails_no_call_of_its_own() -> None:
     ]
 
 
-def outcome(user_id: str = "a", status: int = 200, **more: Any) -> proxy.Outcome:
-    return proxy.Outcome(user_id, **{"model": "gpt", "backend": "sdk", "status": status, "seconds": 0.3, **more})
+def ended(user_id: str = "a", model: str = "gpt", status: int = 200, **more: Any) -> proxy.Ended:
+    return proxy.Ended(time.time(), user_id, model, "sdk", status, seconds=0.3, **more)
+
+
+def quiet_log() -> proxy.Log:
+    return proxy.Log(io.StringIO(), as_json=True, redact=proxy.Redactor())
 
 
 def test_metrics_count_by_memory_and_bound_their_labels() -> None:
-    metrics = proxy.Metrics()
+    metrics = proxy.Metrics(quiet_log())
     for number in range(150):
         metrics.begin()
-        metrics.end(outcome(f"user-{number}", model=f"model-{number}"))
+        metrics.end(ended(f"user-{number}", f"model-{number}"))
     rows = metrics.snapshot()["requests_total"]
     assert len(rows) == 101 and sum(row["value"] for row in rows) == 150
     most = max(rows, key=lambda row: row["value"])
@@ -1331,13 +1335,14 @@ def test_metrics_count_by_memory_and_bound_their_labels() -> None:
 
 
 def test_metrics_are_valid_in_prometheus_format_whatever_their_labels() -> None:
-    metrics = proxy.Metrics()
+    metrics = proxy.Metrics(quiet_log())
     odd = 'a"b\\c\nd\u00fc{}'
-    usage = proxy.Usage(3, 2, 0.25)
+    tally = proxy.Tally(known_cost=0.25)
+    tally.add({"prompt_tokens": 3, "completion_tokens": 2})
     for status in (200, 429, 499, 504, 418):
         metrics.begin()
-        metrics.end(outcome(odd, status, ttft=0.02, usage=usage, model=odd))
-    metrics.memory_answered(failed=True)
+        failed = [("llm_provider-X-Supermemory-Error", "down")] if status == 418 else []
+        metrics.end(ended(odd, odd, status, ttft=0.02, tally=tally, headers=failed))
     families = {family.name: family for family in text_string_to_metric_families(metrics.prometheus())}
     assert {name.removesuffix("_total") for name in metrics.snapshot()} <= {
         name.removeprefix("memory_proxy_") for name in families
