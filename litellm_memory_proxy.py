@@ -8185,7 +8185,7 @@ def needs_server(argv: Sequence[str]) -> bool:
         if arguments.command == "parity":
             return True
         return arguments.command == "serve" and settle(arguments, load_config(arguments.config)).needs_server
-    except StartError:
+    except (StartError, SystemExit):  # the latter: --help, or a wrong argument
         return False
 
 

@@ -102,7 +102,7 @@ lint)
     # Run from elsewhere, the shipped config stands in for one that is not there.
     [ -e config.yaml ] || export CONFIG_PATH="${CONFIG_PATH:-$here/config.yaml}"
     if "$py" -c 'import sys; sys.path.insert(0, sys.argv[1])
-import litellm_memory_proxy as proxy; sys.exit(not proxy.needs_server(sys.argv[2:]))' "$here" "$@" 2>/dev/null; then
+import litellm_memory_proxy as proxy; sys.exit(not proxy.needs_server(sys.argv[2:]))' "$here" "$@" >/dev/null 2>&1; then
         server_requirement | need_lines "LiteLLM's server, for binary mode (300 MB more)"
     fi
     exec "$py" "$module" "$@"

@@ -30,6 +30,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -7277,6 +7278,28 @@ def test_the_readmes_own_commands_work(tmp_path: Path) -> None:
     finally:
         process.terminate()
         assert process.wait(40) == 0
+
+
+NO_START = ["--host", "0.0.0.0"]  # without a master key that is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "server"),
+    [(["--help"], False), (["check", "--help"], False), (["--mode", "binary", *NO_START], True)],
+)
+def test_run_sh_installs_the_server_only_for_what_needs_it(tmp_path: Path, arguments: list[str], server: bool) -> None:
+    """With a virtual environment that has all but the server, and whose Python notes what pip is to install."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    noted = '[ "${2-}" = pip ] && { echo "$@" >>"$0.pip"; exit; }'
+    python.write_text(f'#!/bin/sh\n{noted}\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    requirements = re.findall(r'^#   "(.*)",$', MODULE.read_text(), re.M)
+    (tmp_path / ".installed").write_text("\n".join(requirements) + "\n")
+    environment = clean_environment(VENV=str(tmp_path), PATH="/usr/bin:/bin")
+    result = subprocess.run([HERE / "run.sh", *arguments], env=environment, capture_output=True, text=True)
+    assert result.stdout.count("usage:") == ("--help" in arguments)
+    assert Path(f"{python}.pip").exists() == server
 
 
 if __name__ == "__main__":
