@@ -7988,6 +7988,15 @@ def real_features(names: Sequence[str], mocked: Collection[str]) -> Iterator[Fea
             yield feature
 
 
+def refuse_unknown(models: Sequence[str], config: Config) -> None:
+    """Raises StartError for a model that neither a name of the config nor one of its wildcards or aliases covers."""
+    aliases = config.section("router_settings").get("model_group_alias")
+    known = [*config.model_names, *(aliases if isinstance(aliases, dict) else ())]
+    for model in models:
+        if not any(model == name or fnmatch.fnmatchcase(model, str(name)) for name in known):
+            raise StartError(f"--model {model}: is not in the config (known: {', '.join(map(str, known))})")
+
+
 def compare_modes(config: Config, models: Sequence[str]) -> list[tuple[str, ...]]:
     """Start both modes, send each feature to both; returns the rows: feature, binary's status, sdk's, verdict.
 
@@ -7997,6 +8006,7 @@ def compare_modes(config: Config, models: Sequence[str]) -> list[tuple[str, ...]
     Raises:
         StartError: a mode cannot start, or a model is not in the config.
     """
+    refuse_unknown(models, config)
     document = values_of(read_nodes(config.path, []))
     key = config.master_key or f"sk-parity-{random.getrandbits(128):032x}"
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "x-request-id": "parity"}

@@ -5378,6 +5378,16 @@ def test_parity_with_an_unusable_config_is_one_clear_line(tmp_path: Path) -> Non
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("model_name", "known"), [("gpt", True), ("gpt-5", True), ("short", True), ("gtp", False)])
+def test_parity_refuses_a_model_that_the_config_does_not_have(tmp_path: Path, model_name: str, known: bool) -> None:
+    models = [model(name, "openai/gpt", "http://127.0.0.1:9") for name in ("gpt", "gpt-*")]
+    document = {"model_list": models, "router_settings": {"model_group_alias": {"short": "gpt"}}}
+    config = proxy.load_config(write_config(tmp_path, document))
+    said = "--model gtp: is not in the config (known: gpt, gpt-*, short)"
+    with contextlib.nullcontext() if known else pytest.raises(proxy.StartError, match=re.escape(said)):
+        proxy.refuse_unknown(["gpt", model_name], config)
+
+
 def parity_answer(**changes: Any) -> proxy.Answer:
     body = {"id": "c1", "choices": [{"message": {"content": "hello"}}]}
     seen = proxy.Received("/v1/chat/completions", {"model": "gpt", "temperature": 0.5}, {"x-sm-user-id": "me"})
