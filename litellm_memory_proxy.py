@@ -6697,6 +6697,7 @@ class Program:
         for role, port in plan:  # first of all: a port that is taken is not to be found out after LiteLLM was loaded
             self._fronts.append((role, self._front(port)))
         server = LitellmServer(config, settings.litellm_port, self._log) if settings.needs_server else None
+        binary = self._binary(config, server)  # before LiteLLM is loaded, too: a wrong --litellm-url
         if server:
             server.start()
             self._sides = replace(self._sides, server=server)
@@ -6706,7 +6707,7 @@ class Program:
             self._runtime = SdkRuntime(self._log, Session(settings.cookie_file, self._log))
             sdk = SdkBackend(config, self._runtime)
             self._runtime.bridge.run(self._runtime.prove_cookies())
-        self._install(Sides(config, settings.primary_side(config), sdk, self._binary(config, server), server))
+        self._install(Sides(config, settings.primary_side(config), sdk, binary, server))
         gc.collect()
         gc.freeze()  # what is loaded now stays: a collector that looked through it again would stop us for 0.3 s
         gc.set_threshold(*COLLECT_AFTER)

@@ -683,6 +683,14 @@ def test_a_start_that_fails_says_so_once(tmp_path: Path, arguments: tuple[str, .
     assert result.stderr.startswith(said)
 
 
+def test_a_wrong_litellm_url_is_found_out_before_litellm_is_loaded(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9/v1")]})
+    command = [sys.executable, str(MODULE), "--port", "0", "--litellm-url", "gpu:4000", "--config", config]
+    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "error: --litellm-url must be http://HOST:PORT" in result.stderr and "loading" not in result.stderr
+
+
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
