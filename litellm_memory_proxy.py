@@ -768,7 +768,7 @@ def read_nodes(path: str, problems: list[Problem], text: str | None = None) -> y
         try:
             more = read_nodes(str(Path(path).parent / str(name)), problems)
         except ConfigError as error:
-            problems.extend(error.problems)
+            problems.extend(replace(said, message=f"{said.message} (included by {path})") for said in error.problems)
             continue
         for key, value in more.value:
             there = pairs.get(str(key.value), (None, None))[1]

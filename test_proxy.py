@@ -848,6 +848,31 @@ def test_included_files_are_merged(tmp_path: Path) -> None:
     assert proxy.load_config(write_config(tmp_path, document)).model_names == ("a", "b")
 
 
+def test_an_included_file_that_cannot_be_read_is_named_with_the_file_that_includes_it(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"include": ["gone.yaml"], "model_list": [model("a", "openai/a", "http://h")]})
+    said = f"gone.yaml: No such file or directory (included by {config})"
+    with pytest.raises(proxy.ConfigError, match=re.escape(said)):
+        proxy.load_config(config)
+
+
+def test_keys_of_its_own_that_the_program_misses_or_does_not_know_are_warnings(tmp_path: Path) -> None:
+    text = """\
+user_id_mapping: {default_user_id: me}
+general_settings:
+  experimental:
+    use_sdk: true
+    circuit_breaker: {treshold: 1}
+"""
+    experimental = "general_settings.experimental"
+    said = {(p.where, p.line, p.message, p.warning) for p in proxy.read_config(write_config(tmp_path, text)).problems}
+    known = "use_sdk_proxy, circuit_breaker, sdk_proxy_port, binary_proxy_port"
+    assert said >= {
+        ("user_id_mappings", 1, "is missing: all clients get the memory default-dev", True),
+        (f"{experimental}.use_sdk", 4, f"is unknown (known: {known})", True),
+        (f"{experimental}.circuit_breaker.treshold", 5, "is unknown (known: failure_threshold, reset_seconds)", True),
+    }
+
+
 BROKEN = """\
 include: [more.yaml, gone.yaml]
 model_list:
