@@ -1027,8 +1027,12 @@ def model_problems(entry: Any, where: str) -> list[Problem]:
 def check_mappings(section: Any, problems: list[Problem]) -> Mappings:
     """``user_id_mappings``, checked; what is absent or wrong has the default of `Mappings`."""
     where = "user_id_mappings"
+    if section is None:
+        message = f"is missing: all clients get the memory {Mappings.default_user_id}"
+        problems.append(Problem(where, message, warning=True))
+        return Mappings()
     if not isinstance(section, dict):
-        problems.extend([Problem(where, f"must be a mapping, not {shown(section)}")] if section is not None else ())
+        problems.append(Problem(where, f"must be a mapping, not {shown(section)}"))
         return Mappings()
     problems.extend(unknown_keys(section, MAPPING_KEYS, where))
     values = {key: section[key] for key in ("custom_header", "default_user_id", "inject_header") if key in section}
@@ -1143,16 +1147,33 @@ def unknown_keys(section: Mapping[str, Any], known: Sequence[str], where: str) -
     return [Problem(f"{where}.{key}", f"is unknown (known: {', '.join(known)})") for key in section if key not in known]
 
 
+def value_at(document: Mapping[str, Any], where: str) -> Any:
+    """What a document has at a path of keys; None where that leads nowhere."""
+    value: Any = document
+    for key in where.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def unknown_settings(document: Mapping[str, Any]) -> Iterator[Problem]:
+    """A warning for each key of this program's corner of LiteLLM's sections that it does not know."""
+    corner = "general_settings.experimental"
+    for where in (corner, f"{corner}.circuit_breaker"):
+        section = value_at(document, where)
+        known = [key for path, _, key in (name.rpartition(".") for name in SETTINGS) if path == where]
+        for problem in unknown_keys(section, known, where) if isinstance(section, dict) else ():
+            yield replace(problem, warning=True)
+
+
 def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None:
     """LiteLLM's sections must at least be mappings; what is in them is LiteLLM's business."""
     sections = ("litellm_settings", "router_settings", "general_settings", "environment_variables")
     for name in sections:
         if not isinstance(document.get(name) or {}, dict):
             problems.append(Problem(name, "must be a mapping"))
+    problems.extend(unknown_settings(document))
     for where, (kind, test, rule) in SETTINGS.items():
-        value: Any = document
-        for key in where.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
+        value = value_at(document, where)
         if value is not None and not (
             isinstance(value, kind) and not (kind is not bool and value is True) and test(value)
         ):

@@ -1064,7 +1064,7 @@ def test_the_check_command_says_what_is_right_and_what_is_wrong(tmp_path: Path) 
     assert (
         "error: config.yaml:1: model_list[0].model_name" in said and "config.yaml:1: model_list[1].model_name" in said
     )
-    assert said.endswith("config.yaml: 4 errors, 1 warnings\n")
+    assert said.endswith("config.yaml: 4 errors, 2 warnings\n")
     assert run_check(str(tmp_path / "gone.yaml"))[0] == 1
 
 
