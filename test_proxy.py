@@ -4954,6 +4954,25 @@ def test_a_second_proxy_with_one_config_leaves_the_first_its_pid_file(shared_pro
     assert first.stop() == 0
 
 
+def test_watch_reads_a_config_again_only_where_it_has_changed(tmp_path: Path) -> None:
+    """And not at each look: that of 1,000 models would take half of a core."""
+    models = [model(f"m{number}", "openai/m", "http://127.0.0.1:9/v1") for number in range(300)]
+    config = write_config(tmp_path, {"include": ["more.yaml", "\0"], "model_list": models})
+    began = time.thread_time()
+    watch = proxy.Watch(config)
+    one_reading = time.thread_time() - began
+    began = time.thread_time()
+    assert not any(watch.changed() for _ in range(10))
+    assert time.thread_time() - began < one_reading
+    for path, said in (
+        (tmp_path / "more.yaml", "{}"),
+        (Path(config), "include: [other.yaml]"),
+        (tmp_path / "other.yaml", "{}"),
+    ):
+        path.write_text(said)
+        assert [watch.changed() for _ in range(3)] == [False, True, False], "it has changed, and then lies still"
+
+
 def test_watch_takes_over_a_changed_config_by_itself(shared_provider: Provider, provider: Provider) -> None:
     running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", provider.url, "--watch")
     rewrite(running, lambda document: document["user_id_mappings"].update(default_user_id="watched"))
