@@ -154,6 +154,7 @@ import yaml
 
 if TYPE_CHECKING:  # both are imported where they are used: binary mode stays small and starts at once
     import asyncio
+    from concurrent.futures import Future
 
     import httpx
 
@@ -2683,11 +2684,12 @@ class _End(NamedTuple):
 
 
 class Channel:
-    """Items from one task to one thread. Bytes count towards the marks, each as one more; other items do not.
+    """A task at work on the loop, and its items for one thread, which iterates over them.
 
-    Neither half needs a lock: ``_written`` is changed by the task alone, ``_read`` and ``_done`` by the thread alone.
-    Between ``_written`` and ``_done`` is what has not gone out. Once the thread is done with all that was written, it
-    waits: until the task writes more, the client's socket is the task's.
+    Bytes count towards the marks, each as one more; other items do not. Neither half needs a lock: ``_written`` is
+    changed by the task alone, ``_read`` and ``_done`` by the thread alone. Between ``_written`` and ``_done`` is what
+    has not gone out. Once the thread is done with all that was written, it waits: until the task writes more, the
+    client's socket is the task's.
 
     Args:
         write_now: of the client, see `Peer`.
@@ -2701,7 +2703,9 @@ class Channel:
         self._due = 0.0  # ... and when that turn should be over
         self._waiter: asyncio.Future[None] | None = None
         self._mark = 0  # the waiter waits until no more than this lies between
-        self._ended: _End | None = None
+        self._over = False  # the thread has read the end ...
+        self._error: Exception | None = None  # ... with what the task raised
+        self.task: Future[None]
 
     # The task's half, on the loop.
 
@@ -2761,34 +2765,34 @@ class Channel:
 
     # The reader's half, in its thread.
 
-    def get(self) -> Any:
-        """The next item; raises the task's exception where it failed, StopIteration where it has ended."""
-        if self._ended is None:
-            item = self._items.get()
-            if not isinstance(item, _End):
-                return self._taken(item)
-            self._ended = item
-            if item.last is not None:
-                return item.last
-        if self._ended.error is not None:
-            raise self._ended.error
-        raise StopIteration
+    def first(self) -> Any:
+        """The first item that is not read yet: the head of an answer, or the whole of it.
 
-    def get_all(self) -> bytes:
+        Raises what the task raised where it failed, StopIteration where it has ended.
+        """
+        if not self._over and (item := self._take()) is not None:
+            return item
+        raise self._error or StopIteration
+
+    def __iter__(self) -> Channel:
+        return self
+
+    def __next__(self) -> bytes:
         """At least one bytes item, and with it all that lie ready up to one write; those before have been written."""
         self._catch_up()
-        data: bytes = self.get()
+        data: bytes = self.first()
         parts, size = [data], len(data)
-        while size < WRITE_BYTES and not self._items.empty():
-            item = self._items.get()
-            if isinstance(item, _End):
-                self._ended = item
-                break
-            parts.append(self._taken(item))
+        while size < WRITE_BYTES and not self._items.empty() and (item := self._take()) is not None:
+            parts.append(item)
             size += len(item)
         return b"".join(parts)
 
-    def _taken(self, item: Any) -> Any:
+    def _take(self) -> Any:
+        """The next item; at the end the last one, if there is one, or None."""
+        item = self._items.get()
+        if isinstance(item, _End):
+            self._over, self._error = True, item.error
+            return item.last
         if isinstance(item, bytes):
             self._read += len(item) + 1
         return item
@@ -2798,38 +2802,13 @@ class Channel:
         if self._waiter is not None and self._written - self._done <= self._mark:
             self.loop.call_soon_threadsafe(self._wake)
 
-    def drain(self) -> None:
-        """Read on to the end, whatever it is: afterwards the task has finished."""
-        while self._ended is None:
-            item = self._items.get()
-            if isinstance(item, _End):
-                self._ended = item
-            else:
-                self._taken(item)
-                self._catch_up()
-
-
-class Call:
-    """One coroutine at work on the loop, as its handler thread sees it: an iterator over what it sends."""
-
-    def __init__(self, channel: Channel, cancel: Callable[[], None]) -> None:
-        self._channel, self._cancel = channel, cancel
-
-    def first(self) -> Any:
-        """The head of the answer, or the whole of it; raises what the coroutine raised."""
-        return self._channel.get()
-
-    def __iter__(self) -> Call:
-        return self
-
-    def __next__(self) -> bytes:
-        return self._channel.get_all()
-
     def close(self) -> None:
-        """Cancel the coroutine where it is still at work, and wait until it has let go of everything."""
-        if self._channel._ended is None:
-            self._cancel()
-            self._channel.drain()
+        """Cancel the task where it is still at work, and wait until it has let go of everything."""
+        if not self._over:
+            self.task.cancel()
+        while not self._over:
+            self._take()
+            self._catch_up()
 
 
 class ClientWatch:
@@ -2871,28 +2850,21 @@ class Bridge:
     def __init__(self, on_problem: Callable[[str], None]) -> None:
         self._on_problem = on_problem
         self._thread = threading.Thread(target=self._run, name="asyncio bridge", daemon=True)
-        self._ready: SimpleQueue[BaseException | None] = SimpleQueue()
         self.loop: asyncio.AbstractEventLoop
 
     def start(self) -> None:
-        """Start the loop; returns when it runs, raises what kept it from running."""
+        """Start the loop; raises what keeps it from running."""
+        import asyncio
+
+        self.loop = asyncio.new_event_loop()
+        self.loop.set_exception_handler(self._problem)
         self._thread.start()
-        error = self._ready.get()
-        if error is not None:
-            raise error
 
     def _run(self) -> None:
         import asyncio
 
         stay_home()
-        try:
-            self.loop = asyncio.new_event_loop()
-            asyncio.set_event_loop(self.loop)
-            self.loop.set_exception_handler(self._problem)
-            self.loop.call_soon(self._ready.put, None)
-        except BaseException as error:
-            self._ready.put(error)
-            return
+        asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
         self.loop.run_until_complete(self._finish())
         self.loop.close()
@@ -2917,23 +2889,16 @@ class Bridge:
 
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
-    def call(self, produce: Callable[[Channel], Awaitable[Any]], peer: Peer) -> Call:
+    def call(self, produce: Callable[[Channel], Awaitable[Any]], peer: Peer) -> Channel:
         """Start a coroutine that puts its answer into a channel; it is cancelled when the client goes away.
 
         What it returns comes with the end: the thread wakes once for it, when the client's socket is its own again.
         """
+        import asyncio
+
         channel = Channel(self.loop, peer.write_now)
-        task: list[asyncio.Task[None]] = []
-
-        def start() -> None:
-            task.append(self.loop.create_task(self._guard(produce, channel, peer)))
-
-        self.loop.call_soon_threadsafe(start)
-
-        def cancel() -> None:
-            self.loop.call_soon_threadsafe(lambda: task[0].cancel())
-
-        return Call(channel, cancel)
+        channel.task = asyncio.run_coroutine_threadsafe(self._guard(produce, channel, peer), self.loop)
+        return channel
 
     async def _guard(self, produce: Callable[[Channel], Awaitable[Any]], channel: Channel, peer: Peer) -> None:
         """Run ``produce`` under watch of the client's socket, and end the channel whatever happens."""
