@@ -129,7 +129,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Generator,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -3050,21 +3050,28 @@ class Session:
 
     def _asynchronous(self, send: Callable[..., Awaitable[httpx.Response]]) -> Callable[..., Awaitable[httpx.Response]]:
         async def handle_async_request(transport: Any, request: httpx.Request) -> httpx.Response:
+            async def attempt() -> httpx.Response:
+                response = await send(transport, request)
+                if response.status_code >= 400:
+                    await response.aread()
+                return response
+
             self._adopt(transport)
-            flow = self._flow(request)
-            next(flow)
-            while True:
-                try:
-                    response = await send(transport, request)
-                    if response.status_code >= 400:
-                        await response.aread()
-                except Exception as error:
-                    flow.throw(error)
-                    continue
-                if answer := step(flow, response):
-                    return answer
+            return await self._answer(request, attempt)
 
         return handle_async_request
+
+    def _synchronous(self, send: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
+        def handle_request(transport: Any, request: httpx.Request) -> httpx.Response:
+            async def attempt() -> httpx.Response:
+                response = send(transport, request)
+                if response.status_code >= 400:
+                    response.read()
+                return response
+
+            return run_straight(self._answer(request, attempt))
+
+        return handle_request
 
     def _adopt(self, transport: Any) -> None:
         """Make a transport of LiteLLM's use the one aiohttp session: connections are shared, and none is left open.
@@ -3079,25 +3086,8 @@ class Session:
             self._shared.trace_configs.append(connection_trace())
         transport.client, transport._owns_session = self._shared, False
 
-    def _synchronous(self, send: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
-        def handle_request(transport: Any, request: httpx.Request) -> httpx.Response:
-            flow = self._flow(request)
-            next(flow)
-            while True:
-                try:
-                    response = send(transport, request)
-                    if response.status_code >= 400:
-                        response.read()
-                except Exception as error:
-                    flow.throw(error)
-                    continue
-                if answer := step(flow, response):
-                    return answer
-
-        return handle_request
-
-    def _flow(self, request: httpx.Request) -> Generator[None, httpx.Response, httpx.Response]:
-        """One request in steps: each yield sends it and brings its answer, or its fault, back; the last is returned.
+    async def _answer(self, request: httpx.Request, attempt: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
+        """The answer to one request; ``attempt`` sends it.
 
         A challenge that brings a cookie is met once, at once, with that cookie. One that stays is replaced by a 400
         in JSON, which LiteLLM does not retry, and marked in the exchange.
@@ -3110,10 +3100,10 @@ class Session:
         cookie = request.headers.get("cookie") if own else self._cookie_for(request.url)
         if exchange.betas and "anthropic-version" in request.headers:
             request.headers["anthropic-beta"] = merge_tokens(request.headers.get("anthropic-beta", ""), exchange.betas)
-        for attempt in (1, 2):
+        for last in (False, True):
             if cookie:
                 request.headers["cookie"] = cookie
-            response = yield from self._sent(request, exchange)
+            response = await self._sent(request, attempt, exchange)
             exchange.answered(response)
             response.stream = self._watched(response, exchange)
             response.request = request
@@ -3121,25 +3111,25 @@ class Session:
             if not is_challenge(response):
                 return response
             sent, cookie = cookie, self._cookie_for(request.url)
-            if attempt == 2 or own or cookie == sent or not isinstance(request.stream, httpx.ByteStream):
+            if last or own or cookie == sent or not isinstance(request.stream, httpx.ByteStream):
                 break
         exchange.challenged = True
         return httpx.Response(400, json={"error": {"message": "Cloudflare challenge"}}, request=request)
 
     @staticmethod
-    def _sent(request: httpx.Request, exchange: Exchange) -> Generator[None, httpx.Response, httpx.Response]:
+    async def _sent(
+        request: httpx.Request, attempt: Callable[[], Awaitable[httpx.Response]], exchange: Exchange
+    ) -> httpx.Response:
         """The answer to one request; a connection that turns out to be stale is replaced, once."""
-        for attempt in (1, 2):
+        for last in (False, True):
             exchange.begin(request.url.netloc.decode())
             began = time.monotonic()
             try:
-                response = yield
+                return await attempt()
             except Exception as error:
                 exchange.fault = error
-                if attempt == 2 or exchange.connected or not was_stale(error, request, time.monotonic() - began):
+                if last or exchange.connected or not was_stale(error, request, time.monotonic() - began):
                     raise
-            else:
-                return response
         raise AssertionError  # the second attempt returns or raises
 
     def _cookie_for(self, url: httpx.URL) -> str | None:
@@ -3291,14 +3281,14 @@ def merge_tokens(first: str, second: str) -> str:
     return ",".join(dict.fromkeys(token.strip() for token in f"{first},{second}".split(",") if token.strip()))
 
 
-def step(flow: Generator[None, httpx.Response, httpx.Response], response: httpx.Response) -> httpx.Response | None:
-    """Give a flow its answer; returns what the flow ends with, or None where it wants to send again."""
+def run_straight(coroutine: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+    """What a coroutine that never waits returns."""
     try:
-        flow.send(response)
+        coroutine.send(None)
     except StopIteration as stop:
         answer: httpx.Response = stop.value
         return answer
-    return None
+    raise AssertionError
 
 
 def is_challenge(response: httpx.Response) -> bool:
