@@ -430,24 +430,25 @@ def plain_text(text: str) -> str:
 # gathers every problem with its key path before it gives up.
 
 # The settings of LiteLLM's sections that this program reads itself: type, further check, the rule in words.
-SETTINGS: Mapping[str, tuple[Any, Callable[[Any], bool], str]] = {
-    "litellm_settings.request_timeout": ((int, float), lambda n: 0 < n < 1e9, "a number of seconds"),
-    "litellm_settings.num_retries": (int, lambda n: n >= 0, "a whole number"),
-    "router_settings.timeout": ((int, float), lambda n: 0 < n < 1e9, "a number of seconds"),
-    "router_settings.stream_timeout": ((int, float), lambda n: 0 < n < 1e9, "a number of seconds"),
-    "router_settings.num_retries": (int, lambda n: n >= 0, "a whole number"),
+Rule = tuple[Any, Callable[[Any], bool], str]
+SECONDS: Rule = ((int, float), lambda n: 0 < n < 1e9, "a number of seconds")
+RETRIES: Rule = (int, lambda n: n >= 0, "a whole number")
+PORT: Rule = (int, lambda n: 0 <= n < 65536, "a port")
+MAPPING: Rule = (dict, lambda _: True, "a mapping")
+SETTINGS: Mapping[str, Rule] = {
+    "litellm_settings.request_timeout": SECONDS,
+    "litellm_settings.num_retries": RETRIES,
+    "router_settings.timeout": SECONDS,
+    "router_settings.stream_timeout": SECONDS,
+    "router_settings.num_retries": RETRIES,
     "general_settings.master_key": (str, bool, "a string"),
-    "general_settings.experimental": (dict, lambda _: True, "a mapping"),
+    "general_settings.experimental": MAPPING,
     "general_settings.experimental.use_sdk_proxy": (bool, lambda _: True, "true or false"),
-    "general_settings.experimental.circuit_breaker": (dict, lambda _: True, "a mapping"),
+    "general_settings.experimental.circuit_breaker": MAPPING,
     "general_settings.experimental.circuit_breaker.failure_threshold": (int, lambda n: n > 0, "a whole number from 1"),
-    "general_settings.experimental.circuit_breaker.reset_seconds": (
-        (int, float),
-        lambda n: 0 < n < 1e9,
-        "a number of seconds",
-    ),
-    "general_settings.experimental.sdk_proxy_port": (int, lambda n: 0 <= n < 65536, "a port"),
-    "general_settings.experimental.binary_proxy_port": (int, lambda n: 0 <= n < 65536, "a port"),
+    "general_settings.experimental.circuit_breaker.reset_seconds": SECONDS,
+    "general_settings.experimental.sdk_proxy_port": PORT,
+    "general_settings.experimental.binary_proxy_port": PORT,
 }
 FRAMING_HEADERS = frozenset("connection content-length content-type host te trailer transfer-encoding upgrade".split())
 
@@ -644,10 +645,10 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
     # The start names the models that lack keys in its own words: their problems are for `check` alone.
     unset, keyless = unset_variables(missing)
     problems.extend(unset)
-    problems.extend(repeated_deployments(document.get("model_list")))
+    problems.extend(repeated_deployments(document))
     warn_about_headers(resolved, mappings, problems)
     located = locate(problems, root)
-    rows = deployments(resolved.get("model_list"), missing)
+    rows = deployments(resolved, missing)
     config = Config(
         path=path,
         document={**resolved, "model_list": models},
@@ -935,18 +936,16 @@ def missing_of_credentials(
 
     What a deployment says itself wins over its credential.
     """
-    lists = (document.get("credential_list"), document.get("model_list"))
-    credentials, models = (entries if isinstance(entries, list) else () for entries in lists)
+    credentials = document.get("credential_list")
     named = {
         str(entry.get("credential_name")): f"credential_list[{index}].credential_values."
-        for index, entry in enumerate(credentials)
+        for index, entry in enumerate(credentials if isinstance(credentials, list) else ())
         if isinstance(entry, dict)
     }
     lacking: list[tuple[str, str]] = []
-    for index, entry in enumerate(models):
-        params = {} if model_problems(entry, "") else entry["litellm_params"]
-        name = params.get("litellm_credential_name")
-        where = f"model_list[{index}].litellm_params.litellm_credential_name"
+    for model, entry in sound_models(document):
+        params = entry["litellm_params"]
+        name, where = params.get("litellm_credential_name"), f"{model}.litellm_params.litellm_credential_name"
         if name and str(name) not in named:
             problems.append(Problem(where, "is not in credential_list", warning=True))
         elif name:
@@ -963,52 +962,50 @@ def check_models(
     if not isinstance(entries, list) or not entries:
         problems.append(Problem("model_list", "must be a list with at least one model"))
         return [], {}
-    usable: list[dict[str, Any]] = []
-    lacking: dict[str, tuple[str, ...]] = {}
     for index, entry in enumerate(entries):
-        where = f"model_list[{index}]"
-        wrong = model_problems(entry, where)
-        problems.extend(wrong)
-        if wrong:
-            continue
-        names = tuple(name for path, name in missing if path.startswith(f"{where}."))
-        if names:
-            lacking[entry["model_name"]] = lacking.get(entry["model_name"], ()) + names
-        else:
-            usable.append(entry)
-    served = {model["model_name"] for model in usable}
-    return usable, {name: " and ".join(dict.fromkeys(keys)) for name, keys in lacking.items() if name not in served}
+        problems.extend(model_problems(entry, f"model_list[{index}]"))
+    lacking = [(entry, unset_below(where, missing)) for where, entry in sound_models(document)]
+    usable = [entry for entry, names in lacking if not names]
+    served = {entry["model_name"] for entry in usable}
+    unserved: dict[str, dict[str, None]] = {}
+    for entry, names in lacking:
+        if entry["model_name"] not in served:
+            unserved.setdefault(entry["model_name"], {}).update(dict.fromkeys(names))
+    return usable, {name: " and ".join(names) for name, names in unserved.items()}
 
 
-def deployments(entries: Any, missing: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+def sound_models(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Key path and entry of each deployment that has a name and a model."""
+    entries = document.get("model_list")
+    rows = ((f"model_list[{index}]", entry) for index, entry in enumerate(entries if isinstance(entries, list) else ()))
+    return [(where, entry) for where, entry in rows if not model_problems(entry, where)]
+
+
+def unset_below(where: str, missing: Iterable[tuple[str, str]]) -> list[str]:
+    """The variables that are missing below a key path, each once."""
+    return list(dict.fromkeys(name for path, name in missing if path.startswith(f"{where}.")))
+
+
+def deployments(document: Mapping[str, Any], missing: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
     """For each deployment that has a name and a model: both, and whether its keys are there."""
     rows: list[tuple[str, str, str]] = []
-    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
-        where = f"model_list[{index}]"
-        if model_problems(entry, where):
-            continue
-        names = dict.fromkeys(name for path, name in missing if path.startswith(f"{where}."))
+    for where, entry in sound_models(document):
+        names, params = unset_below(where, missing), entry["litellm_params"]
         # Which keys LiteLLM finds in the environment by itself, only LiteLLM knows.
-        params = entry["litellm_params"]
         there = "present" if any(secrets_in(params)) or params.get("litellm_credential_name") else "none named"
-        key = f"missing: set {' and '.join(names)}" if names else there
-        rows.append((entry["model_name"], params["model"], key))
+        rows.append((entry["model_name"], params["model"], f"missing: set {' and '.join(names)}" if names else there))
     return rows
 
 
-def repeated_deployments(entries: Any) -> list[Problem]:
+def repeated_deployments(document: Mapping[str, Any]) -> Iterator[Problem]:
     """A warning for each deployment that is there already; equal names alone are LiteLLM's load balancing."""
-    problems: list[Problem] = []
     seen: list[tuple[str, Any]] = []
-    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
-        if model_problems(entry, ""):
-            continue
-        where, what = f"model_list[{index}]", (entry["model_name"], entry["litellm_params"])
+    for where, entry in sound_models(document):
+        what = (entry["model_name"], entry["litellm_params"])
         same = next((earlier for earlier, other in seen if other == what), None)
         if same:
-            problems.append(Problem(where, f"is the same deployment as {same}", warning=True))
+            yield Problem(where, f"is the same deployment as {same}", warning=True)
         seen.append((where, what))
-    return problems
 
 
 def model_problems(entry: Any, where: str) -> list[Problem]:
@@ -1085,7 +1082,7 @@ def mapping_problems(values: Mapping[str, Any]) -> dict[str, str]:
     wrong: dict[str, str] = {}
     names = {key: values.get(key, getattr(Mappings(), key)) for key in ("custom_header", "inject_header")}
     for key, name in names.items():
-        if not (isinstance(name, str) and FIELD_NAME.fullmatch(name)):
+        if not is_header_name(name):
             wrong[key] = f"must be a header name, not {shown(name)}"
         elif name.lower() in FRAMING_HEADERS:
             wrong[key] = f"cannot be {name}, which HTTP itself needs"
