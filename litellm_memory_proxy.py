@@ -1311,34 +1311,17 @@ MAX_SAMPLES = 1000  # texts of one pattern, and characters of one text
 REGEX_PARSER = ("re._parser", "re._compiler") if sys.version_info >= (3, 11) else ("sre_parse", "sre_compile")
 
 
-class Samples:
+def samples(regex: re.Pattern[str]) -> list[str]:
     """Texts that are built like a regular expression: every branch, repeats with the fewest turns and one more, some
     characters of each class. One choice at a time is varied; all others are the shortest. Anchors count for nothing.
 
     Raises whatever comes up where Python's own parser, which is no public part of it, is not as it was.
     """
+    parser, compiler = map(import_module, REGEX_PARSER)
+    tree = parser.parse(regex.pattern, regex.flags)
 
-    def __init__(self, regex: re.Pattern[str]) -> None:
-        self._parser, self._compiler = map(import_module, REGEX_PARSER)
-        tree = self._parser.parse(regex.pattern, regex.flags)
-        self._state, self._flags = tree.state, regex.flags
-        self._choices: Mapping[str, Callable[[Any], list[str]]] = {
-            "LITERAL": lambda code: [chr(code)],
-            "AT": lambda _: [""],
-            "FAILURE": lambda _: [],
-            "SUBPATTERN": lambda group: self._of(group[-1]),
-            "ATOMIC_GROUP": self._of,
-            "BRANCH": lambda branch: [text for items in branch[1] for text in self._of(items)],
-            "MAX_REPEAT": self._repeated,
-            "MIN_REPEAT": self._repeated,
-            "POSSESSIVE_REPEAT": self._repeated,
-            "ASSERT": lambda look: ["", *self._of(look[1])],
-            "ASSERT_NOT": lambda look: [""] if look[1] else [],
-        }
-        self.texts = self._of(tree)
-
-    def _of(self, items: Any) -> list[str]:
-        choices = [sorted(self._choices.get(str(op), self._characters(op))(value), key=len) for op, value in items]
+    def texts_of(items: Any) -> list[str]:
+        choices = [sorted(choices_of(op, value), key=len) for op, value in items]
         if not all(choices):
             return []
         shortest = [texts[0] for texts in choices]
@@ -1348,23 +1331,35 @@ class Samples:
             raise ValueError("too many samples, or too long ones")
         return texts
 
-    def _repeated(self, repeat: Any) -> list[str]:
-        least, most, items = repeat
-        if least > MAX_SAMPLES:
-            raise ValueError("too long")
-        texts = self._of(items)
-        several = [text * turns for turns in (least, min(least + 1, most)) for text in texts]
-        return several if least else ["", *several]
+    def choices_of(op: Any, value: Any) -> list[str]:
+        match str(op), value:
+            case "LITERAL", code:
+                return [chr(code)]
+            case "AT", _:
+                return [""]
+            case "FAILURE", _:
+                return []
+            case "SUBPATTERN", (*_, items):
+                return texts_of(items)
+            case "ATOMIC_GROUP", items:
+                return texts_of(items)
+            case "BRANCH", (_, branches):
+                return [text for items in branches for text in texts_of(items)]
+            case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT", (least, most, items):
+                if least > MAX_SAMPLES:
+                    raise ValueError("too long")
+                turns = [text * count for count in (least, min(least + 1, most)) for text in texts_of(items)]
+                return turns if least else ["", *turns]
+            case "ASSERT", (_, items):
+                return ["", *texts_of(items)]
+            case "ASSERT_NOT", (_, items):
+                return [""] if items else []
+        # All else stands for one character (a class, a dot): it is compiled by itself, and asked.
+        one = compiler.compile(parser.SubPattern(tree.state, [(op, value)]), regex.flags)
+        fitting = [character for character in CHARACTERS if one.fullmatch(character)]
+        return [*fitting[:: max(1, len(fitting) // 8)], *fitting[-1:]]
 
-    def _characters(self, op: Any) -> Callable[[Any], list[str]]:
-        """For all that stands for one character (a class, a dot): it is compiled by itself, and asked."""
-
-        def choose(value: Any) -> list[str]:
-            one = self._compiler.compile(self._parser.SubPattern(self._state, [(op, value)]), self._flags)
-            fitting = [character for character in CHARACTERS if one.fullmatch(character)]
-            return [*fitting[:: max(1, len(fitting) // 8)], *fitting[-1:]]
-
-        return choose
+    return texts_of(tree)
 
 
 def header_values(regex: re.Pattern[str]) -> list[str] | None:
@@ -1372,7 +1367,7 @@ def header_values(regex: re.Pattern[str]) -> list[str] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they came when it was compiled
-            texts = Samples(regex).texts
+            texts = samples(regex)
     except Exception:  # see there
         return None
     tried = dict.fromkeys(f"{before}{text}{after}" for before in BEFORE for after in AFTER for text in texts)
