@@ -259,15 +259,9 @@ ANTHROPIC_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-OPENAI_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    408: "timeout_error",
-    429: "rate_limit_error",
-    504: "timeout_error",
-}
+OPENAI_TYPES = {status: ANTHROPIC_TYPES[status] for status in (401, 403, 408, 429, 504)}
 
-# LiteLLM exception class → status. A class that is not here is looked up by its nearest base class that is.
+# LiteLLM exception class → status. Most are not here: each has the status of its nearest base class that is.
 LITELLM_STATUS = {
     "AuthenticationError": 401,
     "PermissionDeniedError": 403,
@@ -277,21 +271,11 @@ LITELLM_STATUS = {
     "RateLimitError": 429,
     "RouterRateLimitError": 429,  # every deployment of the name is cooling down
     "BudgetExceededError": 429,
-    "ContextWindowExceededError": 400,
-    "ContentPolicyViolationError": 400,
-    "UnsupportedParamsError": 400,
-    "RejectedRequestError": 400,
     "PaymentRequiredError": 402,
-    "ImageFetchError": 400,
-    "LiteLLMUnknownProvider": 400,
     "BadRequestError": 400,
-    "MidStreamFallbackError": 503,
     "ServiceUnavailableError": 503,
     "BadGatewayError": 502,
-    "JSONSchemaValidationError": 500,
-    "APIResponseValidationError": 500,
     "APIConnectionError": 502,
-    "InternalServerError": 500,
     "APIError": 500,
 }
 
