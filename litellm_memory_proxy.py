@@ -3273,28 +3273,41 @@ def is_challenge(response: httpx.Response) -> bool:
     return response.status_code in CHALLENGE_STATUS and (page or response.headers.get("cf-mitigated") == "challenge")
 
 
-class CookieGate(http.server.BaseHTTPRequestHandler):
+class LoopbackHandler(http.server.BaseHTTPRequestHandler):
+    """Of a small server in this process, see `loopback_server`; says nothing on standard error."""
+
+    def body(self) -> bytes:
+        """What was sent."""
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def reply(self, status: int, media: str, data: bytes, **headers: str) -> None:
+        """Send the whole answer."""
+        self.send_response(status)
+        for name, value in {"Content-Type": media, "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+class CookieGate(LoopbackHandler):
     """A host on loopback that lets nobody in without its cookie, for the proof at the start."""
 
     def do_POST(self) -> None:
         """503 in HTML with the cookie, or 400 to a request that has it: an answer would be logged, by large tables."""
-        self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.body()
         passed = PROOF_COOKIE in (self.headers.get("cookie") or "")
         self.server.seen[self.path.split("/")[1]] = passed  # type: ignore[attr-defined]
-        self.send_response(400 if passed else 503)
-        if not passed:
-            self.send_header("Set-Cookie", f"{PROOF_COOKIE}=1; Path={self.path}")
-        self.send_header("Content-Type", "application/json" if passed else "text/html")
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        self.wfile.write(b"{}")
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing on stderr."""
+        if passed:
+            self.reply(400, "application/json", b"{}")
+        else:
+            self.reply(503, "text/html", b"{}", **{"Set-Cookie": f"{PROOF_COOKIE}=1; Path={self.path}"})
 
 
 @contextlib.contextmanager
-def loopback_server(handler: type[http.server.BaseHTTPRequestHandler], seen: Any) -> Iterator[str]:
+def loopback_server(handler: type[LoopbackHandler], seen: Any) -> Iterator[str]:
     """The URL of a small server that runs for as long as it is needed; its handlers find ``seen`` there."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.block_on_close = False
@@ -7426,7 +7439,7 @@ def unreachable(run: LoadRun) -> str | None:
 INSIDE_KEY = "sk-parity-provider-key"  # what the provider inside is sent
 INSIDE_SECTIONS = ("user_id_mappings", "litellm_settings", "general_settings", "environment_variables")
 INSIDE_USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
-INSIDE_ARGUMENTS = '{"city": "Oslo"}'
+INSIDE_CALL = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
 READY_LINE = re.compile(r"^ready: (\w+) (\S+)$", re.MULTILINE)
 SAY_SECONDS = 2.0  # between two progress lines
 
@@ -7564,33 +7577,25 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
 
 def chat_document(body: Mapping[str, Any]) -> dict[str, Any]:
     """A chat completion: a tool call where there are tools, else text."""
-    function = {"name": "get_weather", "arguments": INSIDE_ARGUMENTS}
-    call = {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
-    }
-    message, finish = (call, "tool_calls") if body.get("tools") else ({"role": "assistant", "content": "hello"}, "stop")
+    called = {"content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": INSIDE_CALL}]}
+    said, finish = (called, "tool_calls") if body.get("tools") else ({"content": "hello"}, "stop")
+    message = {"role": "assistant", **said, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
     head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body.get("model")}
-    choice = {"index": 0, "message": {**message, "refusal": None}, "logprobs": None, "finish_reason": finish}
     return {**head, "choices": [choice], "usage": INSIDE_USAGE, "system_fingerprint": "fp_1", "service_tier": "default"}
 
 
 def chat_events(document: Mapping[str, Any], body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The same as chunks."""
-    choice = document["choices"][0]
-    parts: list[dict[str, Any]] = [{"role": "assistant", "content": ""}, {"content": "hel"}, {"content": "lo"}]
+    (choice,) = document["choices"]
+    deltas: list[dict[str, Any]] = [{"content": piece} for piece in ("", *halves("hello"))]
     for call in choice["message"].get("tool_calls") or ():
-        first = {"index": 0, **call, "function": {"name": "get_weather", "arguments": ""}}
-        more = [
-            {"index": 0, "function": {"arguments": piece}} for piece in (INSIDE_ARGUMENTS[:5], INSIDE_ARGUMENTS[5:])
-        ]
-        parts = [
-            {"role": "assistant", "content": None, "tool_calls": [first]},
-            *({"tool_calls": [piece]} for piece in more),
-        ]
+        begun = {**call, "function": {**INSIDE_CALL, "arguments": ""}}
+        more = ({"function": {"arguments": piece}} for piece in halves(INSIDE_CALL["arguments"]))
+        deltas = [{"tool_calls": [{"index": 0, **part}]} for part in (begun, *more)]
+    deltas[0] = {"role": "assistant", "content": None, **deltas[0]}
     head = {**document, "object": "chat.completion.chunk", "usage": None}
-    for delta, finish in [*((part, None) for part in parts), ({}, choice["finish_reason"])]:
+    for delta, finish in [*((delta, None) for delta in deltas), ({}, choice["finish_reason"])]:
         yield {**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
     if (body.get("stream_options") or {}).get("include_usage"):
         yield {**head, "choices": [], "usage": INSIDE_USAGE}
@@ -7598,44 +7603,27 @@ def chat_events(document: Mapping[str, Any], body: Mapping[str, Any]) -> Iterato
 
 def message_document(body: Mapping[str, Any]) -> dict[str, Any]:
     """A message: thinking where it is asked for, then a tool call where there are tools, else text."""
-    content: list[dict[str, Any]] = [{"type": "thinking", "thinking": "hm", "signature": "c2ln"}] * ("thinking" in body)
-    call = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": json.loads(INSIDE_ARGUMENTS)}
-    content.append(call if body.get("tools") else {"type": "text", "text": "hello"})
+    thinking = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
+    call = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": json.loads(INSIDE_CALL["arguments"])}
+    said, stop = (call, "tool_use") if body.get("tools") else ({"type": "text", "text": "hello"}, "end_turn")
+    content = [*([thinking] if "thinking" in body else []), said]
     head = {"id": "msg_1", "type": "message", "role": "assistant", "model": body.get("model"), "content": content}
     usage = {"input_tokens": 5, "output_tokens": 7, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
-    return {
-        **head,
-        "stop_reason": "tool_use" if body.get("tools") else "end_turn",
-        "stop_sequence": None,
-        "usage": usage,
-    }
+    return {**head, "stop_reason": stop, "stop_sequence": None, "usage": usage}
 
 
 def response_document(body: Mapping[str, Any]) -> dict[str, Any]:
     """A response: a function call where there are tools, else text."""
     text = {"type": "output_text", "text": "hello", "annotations": [], "logprobs": []}
-    item: dict[str, Any] = {
-        "type": "message",
-        "id": "msg_1",
-        "role": "assistant",
-        "status": "completed",
-        "content": [text],
-    }
-    if body.get("tools"):
-        item = {
-            "type": "function_call",
-            "id": "fc_1",
-            "call_id": "call_1",
-            "name": "get_weather",
-            "status": "completed",
-        }
-        item["arguments"] = INSIDE_ARGUMENTS
+    said = {"type": "message", "id": "msg_1", "role": "assistant", "content": [text]}
+    call = {"type": "function_call", "id": "fc_1", "call_id": "call_1", **INSIDE_CALL}
+    output = [{**(call if body.get("tools") else said), "status": "completed"}]
     head = {"id": "resp_1", "object": "response", "created_at": 1, "model": body.get("model"), "status": "completed"}
     unset = dict.fromkeys(("error", "incomplete_details", "instructions", "max_output_tokens", "previous_response_id"))
     given = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "temperature": 1.0, "top_p": 1.0}
     details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
     usage = {"input_tokens": 5, "output_tokens": 7, "total_tokens": 12, **details}
-    return {**head, **unset, **given, "metadata": {}, "output": [item], "usage": usage}
+    return {**head, **unset, **given, "metadata": {}, "output": output, "usage": usage}
 
 
 def embedding_document(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -7659,34 +7647,26 @@ INSIDE_ANSWERS: Mapping[str, tuple[Whole, Streamed]] = {
 INSIDE_REFUSAL = {"error": {"message": "too many requests", "type": "rate_limit_error", "code": "rate_limited"}}
 
 
-class InsideHandler(http.server.BaseHTTPRequestHandler):
+class InsideHandler(LoopbackHandler):
     """Answers as a provider, and adds what it received to ``server.seen``."""
 
     def do_POST(self) -> None:
-        body = json_object(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json_object(self.body())
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.seen.append(Received(self.path, body, headers))  # type: ignore[attr-defined]
+        memory = {"x-supermemory-conversation-id": "conv_1"}
         if "/limited/" in self.path:
-            self._send(429, "application/json", json.dumps(INSIDE_REFUSAL).encode())
+            refusal = json.dumps(INSIDE_REFUSAL).encode()
+            self.reply(429, "application/json", refusal, **memory, **{"Retry-After": "1"})
             return
         whole, events = INSIDE_ANSWERS[urlsplit(self.path).path.rpartition("/")[2]]
         document = whole(body)
         if body.get("stream"):
             data = [sse_event(json.dumps(event), event.get("type")) for event in events(document, body)]
-            self._send(200, "text/event-stream", b"".join(data) + (SSE_DONE if whole is chat_document else b""))
+            done = SSE_DONE if whole is chat_document else b""
+            self.reply(200, "text/event-stream", b"".join(data) + done, **memory)
         else:
-            self._send(200, "application/json", json.dumps(document).encode())
-
-    def _send(self, status: int, media: str, data: bytes) -> None:
-        self.send_response(status)
-        headers = {"Content-Type": media, "Content-Length": str(len(data)), "x-supermemory-conversation-id": "conv_1"}
-        for name, value in {**headers, **({"Retry-After": "1"} if status == 429 else {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+            self.reply(200, "application/json", json.dumps(document).encode(), **memory)
 
 
 @dataclass(frozen=True)
