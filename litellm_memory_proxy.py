@@ -1691,8 +1691,7 @@ class Ended(NamedTuple):
     seconds: float
     ttft: float | None = None
     tally: Tally | None = None
-    passed_on: str = ""  # see `Response`
-    headers: Sequence[tuple[str, str]] = ()
+    lines: str = ""  # the answer's header fields, each behind its CRLF
     request_id: str = ""
     method: str = ""
     path: str = ""
@@ -1889,8 +1888,7 @@ class Metrics:
 
     def _outcome(self, ended: Ended) -> Outcome:
         """What is to be said of a request; the memory service has perhaps shown itself in its answer's headers."""
-        lines = ended.passed_on + field_lines(ended.headers)
-        told = {name.lower(): value.strip(" \t") for name, value in TOLD.findall(lines)}
+        told = {name.lower(): value.strip(" \t") for name, value in TOLD.findall(ended.lines)}
         cost = stated_cost(told.pop("x-litellm-response-cost", ""))
         error = told.get("x-supermemory-error")
         if told:
@@ -6024,8 +6022,7 @@ class Application:
             time.monotonic() - record.began,
             record.ttft,
             tally,
-            response.passed_on,
-            response.headers,
+            response.lines(),
             request.id,
             request.head.method,
             request.head.path,

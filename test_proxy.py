@@ -1374,8 +1374,8 @@ def test_metrics_are_valid_in_prometheus_format_whatever_their_labels() -> None:
     tally.add({"prompt_tokens": 3, "completion_tokens": 2})
     for status in (200, 429, 499, 504, 418):
         metrics.begin()
-        failed = [("llm_provider-X-Supermemory-Error", "down")] if status == 418 else []
-        metrics.end(ended(odd, odd, status, ttft=0.02, tally=tally, headers=failed))
+        failed = "\r\nllm_provider-X-Supermemory-Error: down" if status == 418 else ""
+        metrics.end(ended(odd, odd, status, ttft=0.02, tally=tally, lines=failed))
     families = {family.name: family for family in text_string_to_metric_families(metrics.prometheus())}
     assert {name.removesuffix("_total") for name in metrics.snapshot()} <= {
         name.removeprefix("memory_proxy_") for name in families
