@@ -6657,7 +6657,7 @@ class Program:
         settings, config = self._settings, self._sides.config
         plan = [("main", settings.port), *([("sdk", settings.sdk_port)] if settings.mode == "both" else [])]
         for role, port in plan:  # first of all: a port that is taken is not to be found out after LiteLLM was loaded
-            self._fronts.append((role, self._front(port)))
+            self._fronts.append((role, self._front(role, port)))
         server = LitellmServer(config, settings.litellm_port, self._log) if settings.needs_server else None
         binary = self._binary(config, server)  # before LiteLLM is loaded, too: a wrong --litellm-url
         if server:
@@ -6673,8 +6673,8 @@ class Program:
         gc.collect()
         gc.freeze()  # what is loaded now stays: a collector that looked through it again would stop us for 0.3 s
         gc.set_threshold(*COLLECT_AFTER)
-        for _, front in self._fronts:
-            with listening(settings.host, front.server_port):
+        for role, front in self._fronts:
+            with listening(settings.host, front.server_port, PORT_OPTIONS[role]):
                 front.start()
         if server and self._sides.primary == "binary":
             server.wait(self._stopped)
@@ -6692,10 +6692,10 @@ class Program:
         url = server.url if server else self._settings.litellm_url
         return BinaryBackend(config, Pool(Upstream(url)), server) if url else None
 
-    def _front(self, port: int) -> Front:
+    def _front(self, role: str, port: int) -> Front:
         settings = self._settings
         application = Application(self._metrics, self._log, settings.access)
-        with listening(settings.host, port):
+        with listening(settings.host, port, PORT_OPTIONS[role]):
             return Front((settings.host, port), application, self._log, settings.limits)
 
     def _install(self, new: Sides) -> Sides:
@@ -6906,13 +6906,16 @@ class Program:
             server.stop()
 
 
+PORT_OPTIONS = {"main": "--port", "sdk": "--sdk-port"}
+
+
 @contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[None]:
+def listening(host: str, port: int, option: str) -> Iterator[None]:
     """Raises StartError where the address cannot be listened on."""
     try:
         yield
     except (OSError, OverflowError) as error:
-        said = f"cannot listen on {host}:{port}: {error.args[-1]}; another --port may be free"
+        said = f"cannot listen on {host}:{port}: {error.args[-1]}; another {option} may be free"
         raise StartError(said) from None
 
 

@@ -691,6 +691,19 @@ def test_a_wrong_litellm_url_is_found_out_before_litellm_is_loaded(tmp_path: Pat
     assert "error: --litellm-url must be http://HOST:PORT" in result.stderr and "loading" not in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--port", "--sdk-port"])
+def test_a_port_that_is_taken_is_named_with_the_option_that_chooses_it(tmp_path: Path, option: str) -> None:
+    config = write_config(tmp_path, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9/v1")]})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports = {"--port": "0", "--sdk-port": "0", option: str(taken.getsockname()[1])}
+        arguments = ["--mode", "both", "--litellm-url", "http://127.0.0.1:9", *chain(*ports.items())]
+        command = [sys.executable, str(MODULE), *arguments, "--config", config]
+        result = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
+    assert result.returncode == 2
+    assert f"error: cannot listen on 127.0.0.1:{ports[option]}: " in result.stderr
+    assert result.stderr.endswith(f"; another {option} may be free\n")
+
+
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
