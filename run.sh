@@ -12,7 +12,8 @@
 # VENV=DIR takes another virtual environment than .venv.
 set -eu
 
-here=$(cd "$(dirname "$0")" && pwd)
+self=$(readlink -f "$0" 2>/dev/null || echo "$0") # a symlink to it may lie on the PATH
+here=$(cd "$(dirname "$self")" && pwd)
 module=$here/litellm_memory_proxy.py
 venv=${VENV:-$here/.venv}
 case ${1-} in oldest | newest) venv=$here/.venv-$1 ;; esac

@@ -7354,6 +7354,13 @@ def test_the_readmes_own_commands_work(tmp_path: Path) -> None:
         assert process.wait(40) == 0
 
 
+def test_run_sh_finds_its_files_by_a_symlink_and_from_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "proxy").symlink_to(HERE / "run.sh")
+    command, environment = [tmp_path / "proxy", "check"], clean_environment(VENV=sys.prefix)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1].startswith(f"{HERE / 'config.yaml'}: ok, "), result.stderr
+
+
 NO_START = ["--host", "0.0.0.0"]  # without a master key that is refused
 
 
