@@ -8408,7 +8408,9 @@ def load(arguments: argparse.Namespace) -> int:
 def parity(arguments: argparse.Namespace) -> int:
     """Compare the two modes and print a row for each feature; returns 1 on a difference, else 0."""
     config = load_config(arguments.config)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it must not leave the two modes behind either
+    for number in (signal.SIGTERM, signal.SIGHUP):  # nor may these leave the two modes behind
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, signal.default_int_handler)
     rows = compare_modes(config, arguments.model or ())
     redact = Redactor(config.secrets | environment_secrets())
     for line in aligned([("feature", "binary", "sdk", "verdict"), *rows]):
