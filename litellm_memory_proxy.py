@@ -8143,14 +8143,14 @@ class Signals:
         self.stop = self.reload = False
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._terminal = sys.stderr.isatty()
+        self._terminals = [number for number in range(3) if os.isatty(number)]
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
         # A terminal that was closed sends SIGHUP too, and wants everything in it to end.
-        hung_up = number == signal.SIGHUP and self._terminal and not sys.stderr.isatty()
+        hung_up = number == signal.SIGHUP and not all(map(os.isatty, self._terminals))
         if number == signal.SIGHUP and not hung_up:
             self.reload = True
         else:

@@ -4966,6 +4966,24 @@ def test_a_second_proxy_with_one_config_leaves_the_first_its_pid_file(shared_pro
     assert first.stop() == 0
 
 
+@pytest.mark.parametrize("stream", ["stdin", "stderr"])
+def test_a_terminal_that_is_closed_ends_the_proxy_whatever_of_it_goes_to_a_file(tmp_path: Path, stream: str) -> None:
+    master, terminal = os.openpty()
+    config = write_config(tmp_path, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9/v1")]})
+    arguments = ["--mode", "binary", "--litellm-url", "http://127.0.0.1:9", "--port", "0", "--config", config]
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: terminal}
+    command = [sys.executable, str(MODULE), *arguments]
+    with subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True, **streams) as process:
+        assert process.stdout and process.stdout.readline().startswith("ready: ")
+        os.close(terminal)
+        os.close(master)
+        process.send_signal(signal.SIGHUP)
+        try:
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
 def test_watch_reads_a_config_again_only_where_it_has_changed(tmp_path: Path) -> None:
     """And not at each look: that of 1,000 models would take half of a core."""
     models = [model(f"m{number}", "openai/m", "http://127.0.0.1:9/v1") for number in range(300)]
