@@ -183,6 +183,7 @@ ACCEPT_SECONDS = 0.1  # between two looks of the accepting thread at whether to 
 LINGER_SECONDS = 2.0  # how long a refused client may go on sending before its connection is dropped (RFC 9112 §9.6)
 MAX_REFUSED = 64  # connections at once that are one too many, and may do so
 DRAIN_SECONDS = 30.0  # how long requests in flight may take to end once the program was told to stop
+AGAIN_SECONDS = 0.5  # a Ctrl-C this long after the first ends them; one sooner is the same, handed on by a wrapper
 CONTINUE_SECONDS = 1.0  # wait for the server's 100 (Continue) before the body is sent anyway (RFC 9110 §10.1.1)
 
 REQUEST_SECONDS = 600.0  # an answer of a model: the OpenAI and Anthropic SDKs' own default
@@ -5401,9 +5402,9 @@ class LitellmServer:
         """Begin starting the server; `wait` returns when it serves.
 
         Raises:
-            StartError: its package is not installed, or its port is taken.
+            StartError: LiteLLM is not installed, or the server's port is taken.
         """
-        if not (find_spec("litellm") and find_spec("fastapi")):
+        if find_spec("litellm") is None:
             raise StartError("binary mode needs LiteLLM's server: pip install 'litellm[proxy]', or --litellm-url URL")
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", self._port)) == 0:
@@ -8141,6 +8142,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop = self.reload = False
+        self._stopped_at = math.inf
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._terminals = [number for number in range(3) if os.isatty(number)]
@@ -8153,8 +8155,11 @@ class Signals:
         hung_up = number == signal.SIGHUP and not all(map(os.isatty, self._terminals))
         if number == signal.SIGHUP and not hung_up:
             self.reload = True
-        else:
-            self.stop = True
+        elif not self.stop:
+            self.stop, self._stopped_at = True, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._stopped_at > AGAIN_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def wait(self, seconds: float | None = None) -> None:
         """Return when there is one to be seen to, be it from before this call, or after this time."""
@@ -8241,7 +8246,7 @@ def serve(arguments: argparse.Namespace) -> int:
                 if signals.reload or (watch and watch.changed()):
                     signals.reload = False
                     program.reload()
-            log.event("INFO", "program", "stopping")
+            log.event("INFO", "program", "stopping", message="stopping; Ctrl-C again does not wait for what runs")
         finally:
             program.stop()
             log.flush()
@@ -8274,6 +8279,8 @@ def move_traffic(arguments: argparse.Namespace, use_sdk: bool) -> int:
     """Move the main port of the running proxy to a side, and wait until it is there; returns 1 where it is not."""
     path, wanted = arguments.config, "sdk" if use_sdk else "binary"
     before = running_proxy(path)
+    if before:
+        tell(before[0], 0)  # may we? else the config stays as it is
     set_use_sdk(path, use_sdk)
     say(f"{path}: use_sdk_proxy is {str(use_sdk).lower()}")
     if before is None:
@@ -8282,10 +8289,7 @@ def move_traffic(arguments: argparse.Namespace, use_sdk: bool) -> int:
     pid, status = before
     if not status["loads"]:  # it is starting, and may have read the config before or after the change
         status = await_load(path, 0)
-    try:
-        os.kill(pid, signal.SIGHUP)
-    except OSError as error:  # another user's, or gone this moment
-        raise StartError(f"the proxy (pid {pid}) cannot be told: {error.strerror}") from None
+    tell(pid, signal.SIGHUP)
     now = await_load(path, status["loads"])
     for problem in now["problems"]:
         say(f"error: the proxy (pid {pid}) stays as it is: {problem}")
@@ -8295,6 +8299,14 @@ def move_traffic(arguments: argparse.Namespace, use_sdk: bool) -> int:
     if not (moved or now["problems"]):
         say(f"error: the proxy (pid {pid}) has no such second side: start it with --mode both")
     return 0 if moved and not now["problems"] else 1
+
+
+def tell(pid: int, number: int) -> None:
+    """Send a signal to the running proxy; raises StartError where it is another user's, or gone this moment."""
+    try:
+        os.kill(pid, number)
+    except OSError as error:
+        raise StartError(f"the proxy (pid {pid}) cannot be told: {error.strerror}") from None
 
 
 def await_load(path: str, loads: int) -> dict[str, Any]:

@@ -5543,6 +5543,30 @@ def test_parity_compares_streams_by_their_order_and_text_and_not_by_their_chunks
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_requests_that_run(provider: Provider) -> None:
+    provider.script = lambda got: Reply(usual_answer(got).body, hold=30)
+    running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(running.chat)
+        provider.wait_for(1)
+        for _ in range(2):  # at once: one Ctrl-C that a wrapper has handed on
+            running.process.send_signal(signal.SIGINT)
+        time.sleep(2)
+        assert running.process.poll() is None and "Ctrl-C again" in running.output
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(5) == -signal.SIGINT
+        with pytest.raises(httpx.TransportError):
+            waiting.result()
+
+
+def test_a_litellm_server_that_is_not_installed_is_named_with_its_package(provider: Provider, tmp_path: Path) -> None:
+    (tmp_path / "websockets.py").write_text("raise ModuleNotFoundError(\"No module named 'websockets'\")")
+    running = Proxy(config_for(provider), "--mode", "binary", wait=False, PYTHONPATH=str(tmp_path))
+    assert running.process.wait(60) == 2
+    last = r"error: the LiteLLM server does not start with this config: .*'websockets'.*litellm\[proxy]"
+    wait_until(lambda: re.search(last, running.output))
+
+
 def test_both_fronts_share_one_config(shared_provider: Provider, provider: Provider) -> None:
     url = shared_provider.url
     running = Proxy(config_for(shared_provider), "--mode", "both", "--sdk-port", "0", "--litellm-url", url)
@@ -5564,6 +5588,7 @@ def test_a_proxy_that_cannot_be_told_of_a_cutover_is_one_error(tmp_path: Path) -
         command = [sys.executable, str(MODULE), "cutover", "--config", config]
         done = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: the proxy (pid 2147483647) cannot be told: No such process\n")
+    assert "use_sdk_proxy" not in Path(config).read_text()
 
 
 @pytest.mark.parametrize("command", ["check", "load --url http://127.0.0.1:9 --num-requests 1", "cutover"])
