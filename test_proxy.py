@@ -61,6 +61,9 @@ if TYPE_CHECKING:  # run.sh's `oldest` has no anthropic
     import anthropic
     import openai
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it; our children would too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HERE = Path(__file__).parent
 MODULE = HERE / "litellm_memory_proxy.py"
 PROVIDER_KEY = "sk-provider-secret-0123456789"
