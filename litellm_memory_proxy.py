@@ -2920,7 +2920,8 @@ class Exchange:
     its status good or not.
     ``alive``: some of the answer's body came; ``heard``: more of it than the comments and pings of a stream.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
-    ``anthropic-beta``. ``headers_to_add`` go with each request, for routes on which LiteLLM sends none of a client's.
+    ``anthropic-beta``. ``headers_to_add`` go with each request that has no such header, the config's say, for routes on
+    which LiteLLM sends none of a client's.
     ``stream`` is the body that comes in. ``connected``: a new connection was made for the request.
     """
 
@@ -3070,7 +3071,8 @@ class Session:
         import httpx
 
         exchange = EXCHANGE.get() or Exchange()
-        request.headers.update(exchange.headers_to_add)
+        for name, value in exchange.headers_to_add.items():
+            request.headers.setdefault(name, value)
         own = "cookie" in request.headers  # the config names a cookie itself
         cookie = request.headers.get("cookie") if own else self._cookie_for(request.url)
         if exchange.betas and "anthropic-version" in request.headers:

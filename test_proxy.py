@@ -2429,8 +2429,11 @@ def test_the_configs_headers_win_over_a_clients_whatever_their_case(provider: Pr
     running = Proxy(
         config_for_models(model("gpt", "openai/x", f"{provider.url}/v1", extra_headers={"X-Extra": "config"}))
     )
-    assert running.chat(headers={"x-extra": "client"}).status_code == 200
-    assert provider.last.header("x-extra") == "config"
+    provider.script = lambda got: Reply(IMAGE) if "images" in got.path else usual_answer(got)
+    bodies = {CHAT: chat_body(), "/v1/embeddings": {"model": "gpt", "input": "hello"}}
+    for path, body in {**bodies, "/v1/images/generations": {"model": "gpt", "prompt": "a cat"}}.items():
+        assert running.post(path, body, headers={"x-extra": "client", "x-other": "client"}).status_code == 200
+        assert (provider.last.header("x-extra"), provider.last.header("x-other")) == ("config", "client")
     assert running.stop() == 0
 
 
