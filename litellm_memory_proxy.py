@@ -3404,7 +3404,7 @@ class Endpoint:
         frames: turns LiteLLM's stream into server-sent events, or Ollama's lines; None: there are no streams.
         read: makes the parameters out of the request's body.
         write: makes content type and body out of LiteLLM's result and the model's name for the client.
-        adds_headers: LiteLLM sends no client headers on this route: the session has to.
+        adds_headers: LiteLLM sends no client headers on this route, or not to all providers: the session has to.
         imports: a module that LiteLLM imports with the first stream of this row.
     """
 
@@ -3765,7 +3765,7 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
         "DELETE": Endpoint("adelete_responses", {"response_id": str}, adds_headers=True),
     },
     "/completions": {"POST": Endpoint("atext_completion", {"prompt": (str, list)}, text_frames)},
-    "/embeddings": {"POST": Endpoint("aembedding", {"input": (str, list)})},
+    "/embeddings": {"POST": Endpoint("aembedding", {"input": (str, list)}, adds_headers=True)},
     "/moderations": {"POST": Endpoint("amoderation", {"input": (str, list)}, adds_headers=True)},
     "/images/generations": {"POST": Endpoint("aimage_generation", {"prompt": str}, adds_headers=True)},
     "/rerank": {"POST": Endpoint("arerank", {"query": str, "documents": list}, adds_headers=True)},

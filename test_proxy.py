@@ -534,6 +534,7 @@ def sdk(shared_provider: Provider) -> Iterator[Proxy]:
         model("keyless", "openai/gpt-4o-mini", f"{shared_provider.url}/v1", "os.environ/UNSET_KEY"),
         {"model_name": "implicit", "litellm_params": {"model": "groq/llama-3"}},
         model("ranker", "cohere/rerank-v3.5", shared_provider.url),
+        model("embedder", "mistral/mistral-embed", f"{shared_provider.url}/v1"),
     )
     settings = {"fallbacks": [{"shaky": ["claude"]}], "num_retries": 0}
     running = Proxy(config_for(shared_provider, *models, router_settings=settings))
@@ -2913,10 +2914,12 @@ IMAGE = b'{"created": 1, "data": [{"url": "http://pictures/1.png"}]}'
 RANKED = (
     b'{"id": "r1", "results": [{"index": 1, "relevance_score": 0.9}], "meta": {"billed_units": {"search_units": 1}}}'
 )
+EMBEDDED = json.dumps(embeddings({"input": "hello"})).encode()
 OTHER_ROWS = {
     "/v1/moderations": ("gpt", {"input": "hello"}, "/v1/moderations", MODERATION, "results"),
     "/v1/images/generations": ("gpt", {"prompt": "a cat"}, "/v1/images/generations", IMAGE, "data"),
     "/v1/rerank": ("ranker", {"query": "q", "documents": ["a", "b"]}, "/v2/rerank", RANKED, "results"),
+    "/v1/embeddings": ("embedder", {"input": "hello"}, "/v1/embeddings", EMBEDDED, "data"),
     "/v1/messages/count_tokens?beta=true": (
         *("claude", {"messages": chat_body()["messages"]}, "/v1/messages/count_tokens", COUNTED, "input_tokens"),
     ),
