@@ -4286,8 +4286,9 @@ class SdkBackend:
         return self.missing_keys.get(self._covering_name(model), "")
 
     def _covering_name(self, model: str) -> str:
-        """The name of the config under which a model is served: its own, or the longest wildcard that covers it."""
-        names = self._config.model_names
+        """The name of the config under which a model is served: its own, its alias's, or the longest wildcard."""
+        names, alias = self._config.model_names, self.router.model_group_alias.get(model, model)
+        model = alias["model"] if isinstance(alias, dict) else alias
         covering = (name for name in names if "*" in name and fnmatch.fnmatchcase(model, name))
         return model if model in names else max(covering, key=len, default="")
 
@@ -4337,8 +4338,13 @@ class SdkBackend:
         )
 
     def _model_names(self) -> Iterator[str]:
-        """The configured names; a wildcard such as ``anthropic/*`` stands for the models that LiteLLM knows there."""
-        for name in self._config.model_names:
+        """The configured names, and the aliases that are not hidden.
+
+        A wildcard such as ``anthropic/*`` stands for the models that LiteLLM knows there.
+        """
+        aliases = self.router.model_group_alias.items()
+        shown = [name for name, alias in aliases if not (isinstance(alias, dict) and alias.get("hidden"))]
+        for name in dict.fromkeys([*self._config.model_names, *shown]):
             provider, _, rest = name.partition("/")
             known = self._litellm.models_by_provider.get(provider) if rest == "*" else None
             yield from (

@@ -536,7 +536,8 @@ def sdk(shared_provider: Provider) -> Iterator[Proxy]:
         model("ranker", "cohere/rerank-v3.5", shared_provider.url),
         model("embedder", "mistral/mistral-embed", f"{shared_provider.url}/v1"),
     )
-    settings = {"fallbacks": [{"shaky": ["claude"]}], "num_retries": 0}
+    aliases = {"smart": "gpt", "hidden": {"model": "claude", "hidden": True}, "bare": "keyless"}
+    settings = {"fallbacks": [{"shaky": ["claude"]}], "num_retries": 0, "model_group_alias": aliases}
     running = Proxy(config_for(shared_provider, *models, router_settings=settings))
     yield running
     assert running.stop() == 0
@@ -2125,6 +2126,14 @@ def test_several_deployments_wildcards_and_fallbacks(sdk: Proxy, provider: Provi
     provider.script = lambda got: usual_answer(got) if "claude" in got.body["model"] else Reply(b"{}", 500)
     answer = sdk.chat("shaky")
     assert answer.status_code == 200 and provider.last.body["model"] == "claude-sonnet-4-5"
+
+
+def test_an_alias_is_listed_and_served_as_its_model(sdk: Proxy, provider: Provider) -> None:
+    assert [sdk.client.get(f"/v1/models/{name}").status_code for name in ("smart", "hidden")] == [200, 404]
+    assert [sdk.post("/api/show", {"model": name}).status_code for name in ("smart", "hidden")] == [200, 200]
+    assert [sdk.chat(name).json()["model"] for name in ("smart", "hidden")] == ["smart", "hidden"]
+    assert [got.body["model"] for got in provider.got] == ["gpt-4o-mini", "claude-sonnet-4-5"]
+    assert sdk.chat("bare").status_code == 401
 
 
 def test_models_are_listed(sdk: Proxy) -> None:
