@@ -3126,7 +3126,8 @@ class Session:
             return
         self._cookies.extract_cookies(response)
         for cookie in list(self._jar):
-            if not f"{cookie.name}{cookie.value}".isascii():  # it could not be sent
+            text = f"{cookie.name}{cookie.value}"
+            if not (text.isascii() and text.isprintable()):  # no call to this host could be sent with it
                 self._jar.clear(cookie.domain, cookie.path, cookie.name)
             elif cookie.expires and cookie.expires > MAX_EXPIRES:
                 cookie.expires = MAX_EXPIRES

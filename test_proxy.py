@@ -2689,9 +2689,8 @@ def test_a_challenge_that_stays_is_a_clear_error(
 def test_odd_cookies_do_no_harm(provider: Provider, tmp_path: Path) -> None:
     running = Proxy(config_for(provider), "--cookie-file", str(tmp_path / "cookies"))
     assert "proof" not in (tmp_path / "cookies").read_text()
-    odd = iter(["far=1; Max-Age=9999999999999", "far=1; Max-Age=99999999999999999999999", "gone=1; Max-Age=-5", ";;;"])
-    for path, name in DIALECTS:
-        cookie = next(odd)
+    odd = ["far=1; Max-Age=9999999999999", "far=1; Max-Age=99999999999999999999999", "gone=1; Max-Age=-5", ";;;"]
+    for cookie, (path, name) in zip([*odd, "bell=\a; Path=/", "\x01=1; Path=/"], DIALECTS * 2, strict=False):
         provider.script = lambda got, cookie=cookie: Reply(usual_answer(got).body, headers={"set-cookie": cookie})
         assert sdk_ok(running, path, name) and sdk_ok(running, path, name)
     assert running.stop() == 0
