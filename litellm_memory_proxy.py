@@ -3434,12 +3434,15 @@ async def text_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[by
     """The same for a text completion.
 
     OpenAI's last chunk has an empty text, and LiteLLM's has none, but a usage of zeros where the provider states none.
+    Out of its cache LiteLLM takes the chunks of a chat.
     """
 
     async def mended() -> AsyncIterator[Any]:
         async for part in stream:
+            part.object = "text_completion"
             for choice in part.choices:
-                choice.text = choice.text or ""
+                delta = getattr(choice, "delta", None)
+                choice.text = (delta.content if delta else choice.text) or ""
             if not getattr(getattr(part, "usage", None), "total_tokens", None):
                 part.usage = None
             yield part

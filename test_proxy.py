@@ -2435,6 +2435,18 @@ def test_a_cached_answer_belongs_to_its_memory(provider: Provider) -> None:
     assert running.stop() == 0
 
 
+def test_a_text_completion_streams_out_of_the_cache_too(provider: Provider) -> None:
+    running = Proxy(config_for(provider, litellm_settings={"cache": True, "cache_params": {"type": "local"}}))
+    for _ in range(2):
+        response = running.post("/v1/completions", {"model": "gpt", "prompt": "hello", "stream": True})
+        chunks = [json.loads(data) for _, data in events_of(response)[:-1]]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello"
+        assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+        time.sleep(0.2)
+    assert len(provider.got) == 1
+    assert running.stop() == 0
+
+
 def test_the_configs_headers_win_over_a_clients_whatever_their_case(provider: Provider) -> None:
     running = Proxy(
         config_for_models(model("gpt", "openai/x", f"{provider.url}/v1", extra_headers={"X-Extra": "config"}))
