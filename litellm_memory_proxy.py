@@ -3663,7 +3663,8 @@ def ollama_params(request: Request) -> dict[str, Any]:
     messages = body.get("messages")
     if isinstance(messages, list):
         try:
-            messages = [ollama_message(message) for message in messages]
+            waiting: dict[str, str] = {}
+            messages = [ollama_message(message, f"call_{at}", waiting) for at, message in enumerate(messages)]
         except (LookupError, TypeError, AttributeError):
             raise ProxyError(400, "a message is malformed", param="messages") from None
     params = {
@@ -3680,8 +3681,13 @@ def ollama_params(request: Request) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
 
 
-def ollama_message(message: dict[str, Any]) -> dict[str, Any]:
-    """One message of Ollama's as OpenAI's: pictures are parts of it, arguments text, and calls have ids."""
+def ollama_message(message: dict[str, Any], mark: str, waiting: dict[str, str]) -> dict[str, Any]:
+    """One message of Ollama's as OpenAI's: pictures are parts of it, arguments text, and calls have ids.
+
+    Args:
+        mark: how the ids of this message's calls begin, where the client names none.
+        waiting: id → name of the calls before it that have no result yet; kept up to date.
+    """
     kept: dict[str, Any] = {name: message[name] for name in ("role", "content") if name in message}
     pictures = message.get("images") or ()
     if pictures:
@@ -3690,13 +3696,16 @@ def ollama_message(message: dict[str, Any]) -> dict[str, Any]:
         kept["content"] = [text, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
     if message.get("tool_calls"):
         kept["tool_calls"] = [
-            {"id": f"call_{call['function']['name']}", "type": "function", "function": {
+            {"id": call.get("id") or f"{mark}_{number}", "type": "function", "function": {
                 "name": call["function"]["name"], "arguments": json.dumps(call["function"].get("arguments") or {})}}
-            for call in message["tool_calls"]
+            for number, call in enumerate(message["tool_calls"])
         ]  # fmt: skip
+        waiting.update({call["id"]: call["function"]["name"] for call in kept["tool_calls"]})
     if message.get("role") == "tool":
-        name = message.get("tool_name") or message.get("name") or "tool"
-        kept["tool_call_id"] = message.get("tool_call_id") or f"call_{name}"
+        name = message.get("tool_name") or message.get("name")
+        oldest = (key for key, called in waiting.items() if name in (called, None))
+        kept["tool_call_id"] = message.get("tool_call_id") or next(oldest, f"{mark}_result")
+        waiting.pop(kept["tool_call_id"], None)
     return kept
 
 

@@ -3256,6 +3256,26 @@ def test_ollamas_messages_are_translated(sdk: Proxy, provider: Provider) -> None
     assert sdk.post("/api/chat", {"messages": []}).status_code == 400
 
 
+def test_ollamas_results_belong_to_their_calls(sdk: Proxy, provider: Provider) -> None:
+    calls = [{"function": {"name": name, "arguments": {"n": n}}} for n, name in enumerate(["look", "look", "list"])]
+    results = [{"tool_name": "list"}, {"tool_name": "look"}, {}]
+    turn = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *({"role": "tool", "content": "done", **result} for result in results),
+    ]
+    own = [
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "mine", **calls[0]}]},
+        {"role": "tool", "content": "done", "tool_call_id": "mine"},
+    ]
+    messages = [{"role": "user", "content": "hello"}, *turn, *turn, *own]
+    assert sdk.post("/api/chat", {"model": "gpt", "stream": False, "messages": messages}).status_code == 200
+    said = provider.last.body["messages"]
+    called = [call["id"] for message in said for call in message.get("tool_calls", ())]
+    answered = [message["tool_call_id"] for message in said if message["role"] == "tool"]
+    assert len(set(called)) == 7 and called[6] == "mine"
+    assert answered == [called[at] for at in (2, 0, 1, 5, 3, 4, 6)]
+
+
 @pytest.mark.parametrize("mode", ["sdk", "binary"])
 def test_a_conversation_id_is_sent_on_where_that_is_wanted(provider: Provider, mode: str) -> None:
     config = config_for(provider)
