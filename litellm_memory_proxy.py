@@ -7295,64 +7295,43 @@ def error_text(body: bytes) -> str:
 
 
 class LoadRun:
-    """One load test: hands its requests out to its threads and gathers what came of each; one lock.
+    """One load test: its threads take their turns and note what came of each.
 
-    Args:
-        requests: how many to make.
-        threads: how many at a time.
+    No lock: all that they share are single steps of the interpreter's, such as the next of a range.
     """
 
-    def __init__(self, requests: int, threads: int) -> None:
+    def __init__(self, requests: int) -> None:
         self.requests, self.stopped = requests, False
-        self.ended = threading.Event()
         self.good: list[Answered] = []
-        self.failed: Counter[str] = Counter()
+        self.failed: list[str] = []  # the kind of each failure
         self.examples: dict[str, str] = {}  # kind → the first message of that kind
-        self._lock = threading.Lock()
-        self._waiting, self._working = requests, min(requests, threads)
+        self._turns = iter(range(requests))
 
-    def start(self, target: Target) -> None:
-        """Begin; raises StartError where the system has not that many threads."""
+    def start(self, target: Target, threads: int) -> list[threading.Thread]:
+        """Begin, with so many requests at a time; raises StartError where the system has not that many threads."""
+        callers = [Caller(target) for _ in range(min(self.requests, threads))]
+        workers = [threading.Thread(target=self._work, args=(caller,), daemon=True) for caller in callers]
         try:
-            for _ in range(self._working):
-                threading.Thread(target=self._work, args=(Caller(target),), daemon=True).start()
+            for worker in workers:
+                worker.start()
         except RuntimeError:
-            self.stop()
+            self.stopped = True
             raise StartError("the system has no more threads: a lower --concurrency may do") from None
-
-    def stop(self) -> None:
-        """Begin no more requests; those in flight no longer count."""
-        with self._lock:
-            self.stopped, self._waiting = True, 0
+        return workers
 
     def counts(self) -> tuple[int, int]:
         """How many requests have ended, and how many of those failed."""
-        with self._lock:
-            failed = self.failed.total()
-            return len(self.good) + failed, failed
+        failed = len(self.failed)
+        return len(self.good) + failed, failed
 
     def _work(self, caller: Caller) -> None:
-        try:
-            while self._take():
-                self._note(caller.call())
-        finally:
-            with self._lock:
-                self._working -= 1
-                if not self._working:
-                    self.ended.set()
-
-    def _take(self) -> bool:
-        with self._lock:
-            self._waiting -= 1
-            return self._waiting >= 0
-
-    def _note(self, outcome: Answered) -> None:
-        with self._lock:
-            if self.stopped:
+        for _ in self._turns:
+            outcome = caller.call()
+            if self.stopped:  # what was in flight no longer counts
                 return
             if outcome.kind:
-                self.failed[outcome.kind] += 1
                 self.examples.setdefault(outcome.kind, outcome.message)
+                self.failed.append(outcome.kind)
             else:
                 self.good.append(outcome)
 
@@ -7405,15 +7384,17 @@ def run_load(target: Target, requests: int, threads: int) -> tuple[LoadRun, floa
 
     Ctrl-C ends it early, with what there is by then. Raises StartError.
     """
-    run = LoadRun(requests, threads)
+    run = LoadRun(requests)
     progress = Progress(run)
     began = time.monotonic()
     try:
-        run.start(target)
-        while not run.ended.wait(LOOK_SECONDS):
-            progress.show()
+        for worker in run.start(target, threads):
+            worker.join(LOOK_SECONDS)
+            while worker.is_alive():
+                progress.show()
+                worker.join(LOOK_SECONDS)
     except KeyboardInterrupt:
-        run.stop()
+        run.stopped = True
     seconds = time.monotonic() - began
     progress.clear()
     return run, seconds
@@ -7429,7 +7410,7 @@ def load_report(run: LoadRun, seconds: float) -> list[str]:
     """The lines of the table."""
     ended, failed = run.counts()
     good = ended - failed
-    kinds = run.failed.most_common()
+    kinds = Counter(run.failed).most_common()
     rate = f"{good * 1000 // ended / 10:.1f} %" if ended else "-"  # rounded down: 100 % is without any failure
     rows = [
         ("requests", f"{ended}" + (f" of {run.requests}, then stopped" if run.stopped else "")),
@@ -7449,8 +7430,8 @@ def load_report(run: LoadRun, seconds: float) -> list[str]:
 
 def unreachable(run: LoadRun) -> str | None:
     """The one reason why nobody heard any request of a run, or None."""
-    only = None if run.good or len(run.failed) != 1 else next(iter(run.failed))
-    return only if only in UNREACHABLE else None
+    kinds = set(run.failed)
+    return kinds.pop() if not run.good and len(kinds) == 1 and kinds.issubset(UNREACHABLE) else None
 
 
 # ── parity ───────────────────────────────────────────────────────────────────────────────────────────────────────
