@@ -2037,33 +2037,16 @@ def defect(error: Exception, request_id: str, log: Log) -> ProxyError:
 
 
 # ── circuit breaker ──────────────────────────────────────────────────────────────────────────────────────────────
-# Whether a backend that has failed is worth another try. States and events as a table, the clock handed in; it knows
-# neither HTTP nor what it guards.
+# Whether a backend that has failed is worth another try. The clock is handed in; it knows neither HTTP nor what it
+# guards.
 
 
 class State(enum.IntEnum):
     """Of a circuit breaker; the numbers are those of the metrics."""
 
-    CLOSED = 0  # every request tries
-    HALF_OPEN = 1  # one request tries
-    OPEN = 2  # none does
-
-
-class Event(enum.Enum):
-    """What moves a circuit breaker."""
-
-    WORKED = "a try has worked"
-    FAILED = "too many tries in a row have failed"
-    WAITED = "the time to wait is over"
-
-
-TRANSITIONS = {
-    (State.CLOSED, Event.FAILED): State.OPEN,
-    (State.OPEN, Event.WAITED): State.HALF_OPEN,
-    (State.OPEN, Event.WORKED): State.CLOSED,  # a try out of turn: there was no other way
-    (State.HALF_OPEN, Event.WORKED): State.CLOSED,
-    (State.HALF_OPEN, Event.FAILED): State.OPEN,
-}
+    CLOSED = 0  # every request tries, until too many in a row have failed: OPEN
+    HALF_OPEN = 1  # one request tries, and the state follows what it shows: CLOSED or OPEN
+    OPEN = 2  # none does, until the time to wait is over: HALF_OPEN; a try out of turn that works: CLOSED
 
 
 class CircuitBreaker:
@@ -2094,7 +2077,7 @@ class CircuitBreaker:
         changed = None
         with self._lock:
             if self.state is State.OPEN and self._clock() - self._opened >= self._reset_seconds:
-                changed = self._move(Event.WAITED)
+                changed = self._enter(State.HALF_OPEN)
             granted = self.state is State.CLOSED or (self.state is State.HALF_OPEN and not self._probing)
             self._probing |= granted and self.state is State.HALF_OPEN
             ticket = self._epoch if granted or out_of_turn else None
@@ -2112,13 +2095,13 @@ class CircuitBreaker:
                 return
             self.failures = 0 if worked else self.failures + 1
             if worked:
-                changed = self._move(Event.WORKED)
+                changed = self._enter(State.CLOSED)
             elif self.state is State.HALF_OPEN or self.failures >= self._threshold:
-                changed = self._move(Event.FAILED)
+                changed = self._enter(State.OPEN)
         self._tell(changed)
 
-    def _move(self, event: Event) -> tuple[State, State] | None:
-        old, new = self.state, TRANSITIONS.get((self.state, event), self.state)
+    def _enter(self, new: State) -> tuple[State, State] | None:
+        old = self.state
         if new is old:
             return None
         self.state, self._epoch, self._probing = new, self._epoch + 1, False
