@@ -4037,15 +4037,10 @@ class SdkBackend:
 
     def _keys_from_environment(self) -> dict[str, str]:
         """Model names of which no deployment has a key, neither in the config nor in the environment."""
-        lacking: dict[str, str] = {}
-        served: set[str] = set()
-        for entry in self._config.document["model_list"]:
-            missing = missing_provider_keys(self._litellm, entry["litellm_params"])
-            if missing:
-                lacking[entry["model_name"]] = missing
-            else:
-                served.add(entry["model_name"])
-        return {name: keys for name, keys in lacking.items() if name not in served}
+        entries = self._config.document["model_list"]
+        lacking = [(one["model_name"], missing_provider_keys(self._litellm, one["litellm_params"])) for one in entries]
+        served = {name for name, keys in lacking if not keys}
+        return {name: keys for name, keys in lacking if name not in served}
 
     @staticmethod
     def calls_a_model(request: Request) -> bool:
@@ -4187,7 +4182,8 @@ class SdkBackend:
         result: Any = None
         opening = Opening(channel, exchange, NDJSON_HEADERS if dialect == OLLAMA else SSE_HEADERS)
         try:
-            self._check_keys(model)
+            if not self._has_fallbacks and (keyless := self._keyless(model)):  # else another model may answer
+                raise keyless
             result = await self._call(endpoint, params, headers, exchange)
             if result is None:
                 raise ProxyError(502, f"LiteLLM gave no answer for {model}", blame=BACKEND)
@@ -4226,12 +4222,6 @@ class SdkBackend:
             return await call(**params)
         return await call(**params, headers=headers)
 
-    def _check_keys(self, model: str) -> None:
-        """Raises ProxyError 401 for a model without a key, unless the config has fallbacks, which may help it."""
-        keys = self._missing_keys_of(model)
-        if keys and not self._has_fallbacks:
-            raise missing_key_error(model, keys)
-
     def _failure(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """What the client is told of an exception out of LiteLLM."""
         if stated := false_answer(exchange) or (None if exchange.failed else event_error(error)):
@@ -4239,35 +4229,23 @@ class SdkBackend:
         if isinstance(error, ProxyError) and not exchange.failed:
             silent = exchange.sent and not exchange.heard  # then LiteLLM has made the error event
             return ended_early() if silent else error
-        keys = self._missing_keys_of(model)
-        if keys and not exchange.sent:
-            return missing_key_error(model, keys)
-        # A provider's own status is the truth; LiteLLM's classes blur some of them (a 403 of Anthropic's is its 500).
-        answered = exchange.status if exchange.status and exchange.status >= 400 else None
-        status = answered or class_status(error, LITELLM_STATUS)
-        if exchange.challenged and answered:
-            message = (
-                f"the host in front of the model refused us (Cloudflare challenge): {exchange.host} answered {answered}"
-            )
-            return ProxyError(answered, message, headers=provider_headers(exchange), blame=PROVIDER)
-        broken = None if answered else connection_status(exchange.fault or error)
-        if broken:
+        if not exchange.sent and (keyless := self._keyless(model)):
+            return keyless
+        if exchange.status and exchange.status >= 400:
+            return provider_failure(exchange, exchange.status, error)
+        if broken := connection_status(exchange.fault or error):
             what = "did not answer in time" if broken == 504 else "could not be reached, or broke off"
             message = f"the provider {exchange.host or 'of ' + model} {what}: {plain_message(error)}"
             return ProxyError(broken, message, blame=BACKEND)
+        status = class_status(error, LITELLM_STATUS)
         if status is None or (not exchange.sent and status >= 500):
             return self._unexpected(error, exchange, model)
-        headers = provider_headers(exchange)
+        message = sent_text(exchange) or plain_message(error)
         pause: float | None = None if exchange.sent else getattr(error, "cooldown_time", None)
         if pause is not None:
-            headers = [("Retry-After", str(int(pause) + 1))]
-        said = provider_error(exchange.body)
-        other = exchange.body[:MAX_MESSAGE].decode(errors="replace").strip()  # LiteLLM keeps some, and loses some
-        text = said.get("message") or provider_page(exchange) or other or plain_message(error)
-        fields = {name: said[name] for name in ("param", "code") if isinstance(said.get(name), str)}
-        kind = said.get("type") if isinstance(said.get("type"), str) else None
-        blame = PROVIDER if answered else RESTING if pause is not None else CLIENT if status < 500 else BACKEND
-        return ProxyError(status, text, headers=headers, kind=kind, blame=blame, **fields)
+            return ProxyError(status, message, headers=[("Retry-After", str(int(pause) + 1))], blame=RESTING)
+        blame = CLIENT if status < 500 else BACKEND
+        return ProxyError(status, message, headers=provider_headers(exchange), blame=blame)
 
     def _unexpected(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """An exception that no provider caused: LiteLLM could not translate the request, or has a defect."""
@@ -4277,9 +4255,11 @@ class SdkBackend:
         said = f"LiteLLM cannot translate this request for {model}: {plain_message(error)}"
         return ProxyError(400, said, blame=UNSURE)
 
-    def _missing_keys_of(self, model: str) -> str:
-        """The variables that a model lacks, in words."""
-        return self.missing_keys.get(self._covering_name(model), "")
+    def _keyless(self, model: str) -> ProxyError | None:
+        """The 401 of a model without a key; None for any other."""
+        keys = self.missing_keys.get(self._covering_name(model))
+        message = f"the model {model!r} has no key: set {keys} in the proxy's environment"
+        return ProxyError(401, message, code="missing_api_key") if keys else None
 
     def _covering_name(self, model: str) -> str:
         """The name of the config under which a model is served: its own, its alias's, or the longest wildcard."""
@@ -4517,6 +4497,7 @@ CREDENTIAL_PARAMS = (
     *("api_key", "mock_response", "litellm_credential_name"),
     *("azure_ad_token", "azure_username", "client_secret", "tenant_id"),
 )
+CREDENTIAL_FIELDS = ("authorization", "api-key", "x-api-key")  # in a deployment's ``extra_headers``
 
 
 def missing_provider_keys(litellm: Any, params: Mapping[str, Any]) -> str:
@@ -4525,23 +4506,15 @@ def missing_provider_keys(litellm: Any, params: Mapping[str, Any]) -> str:
     LiteLLM knows the names. Cloud identities (AWS, Google) have more sources than variables and are left to it.
     """
     model = str(params["model"])
-    if any(params.get(name) for name in CREDENTIAL_PARAMS):
-        return ""
-    if any(
-        str(name).lower() in ("authorization", "api-key", "x-api-key") for name in params.get("extra_headers") or ()
+    if (
+        any(params.get(name) for name in CREDENTIAL_PARAMS)
+        or any(str(name).lower() in CREDENTIAL_FIELDS for name in params.get("extra_headers") or ())
+        or model.startswith(DEVICE_FLOW_PROVIDERS)
     ):
-        return ""
-    if model.startswith(DEVICE_FLOW_PROVIDERS):
         return ""
     provider = params.get("custom_llm_provider")
     found = litellm.validate_environment(model=f"{provider}/{model}" if provider else model)
     return " or ".join(name for name in found["missing_keys"] if name.endswith("_API_KEY"))
-
-
-def missing_key_error(model: str, keys: str) -> ProxyError:
-    """The 401 of a model without a key."""
-    message = f"the model {model!r} has no key: set {keys} in the proxy's environment"
-    return ProxyError(401, message, code="missing_api_key")
 
 
 def api_path(request: Request) -> str:
@@ -4746,6 +4719,29 @@ def refuse_false_answer(exchange: Exchange) -> None:
     """Raises what `false_answer` finds."""
     if error := false_answer(exchange):
         raise error
+
+
+SAID_FIELDS = {"kind": "type", "param": "param", "code": "code"}  # of `ProxyError` ← of a provider's error object
+
+
+def provider_failure(exchange: Exchange, status: int, error: Exception) -> ProxyError:
+    """The error that a provider has answered, of this status.
+
+    The status is the truth: LiteLLM's classes blur some of them (a 403 of Anthropic's is its 500).
+    """
+    headers = provider_headers(exchange)
+    if exchange.challenged:
+        refused = f"the host in front of the model refused us (Cloudflare challenge): {exchange.host} answered {status}"
+        return ProxyError(status, refused, headers=headers, blame=PROVIDER)
+    said = provider_error(exchange.body)
+    text = said.get("message") or provider_page(exchange) or sent_text(exchange) or plain_message(error)
+    fields = {key: said[name] for key, name in SAID_FIELDS.items() if isinstance(said.get(name), str)}
+    return ProxyError(status, text, headers=headers, blame=PROVIDER, **fields)
+
+
+def sent_text(exchange: Exchange) -> str:
+    """An error's body as it came: LiteLLM keeps some, and loses some."""
+    return exchange.body[:MAX_MESSAGE].decode(errors="replace").strip()
 
 
 def provider_page(exchange: Exchange) -> str | None:
