@@ -631,7 +631,7 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
     unset, keyless = unset_variables(missing)
     problems.extend(unset)
     problems.extend(repeated_deployments(document))
-    warn_about_headers(resolved, mappings, problems)
+    problems.extend(header_warnings(resolved, mappings.inject_header))
     located = locate(problems, root)
     rows = deployments(resolved, missing)
     config = Config(
@@ -1130,12 +1130,11 @@ def unknown_keys(section: Mapping[str, Any], known: Sequence[str], where: str) -
     return [Problem(f"{where}.{key}", f"is unknown (known: {', '.join(known)})") for key in section if key not in known]
 
 
-def value_at(document: Mapping[str, Any], where: str) -> Any:
+def value_at(document: Any, where: str) -> Any:
     """What a document has at a path of keys; None where that leads nowhere."""
-    value: Any = document
     for key in where.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
 
 
 def unknown_settings(document: Mapping[str, Any]) -> Iterator[Problem]:
@@ -1164,28 +1163,21 @@ def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None
             problems.append(Problem(where, f"must be {rule}{told}"))
 
 
-def warn_about_headers(document: Mapping[str, Any], mappings: Mappings, problems: list[Problem]) -> None:
-    """Warn where the injected header would not arrive as it was injected."""
-    general = document.get("general_settings")
-    if not isinstance(general, dict) or general.get("forward_client_headers_to_llm_api") is not True:
-        problems.append(
-            Problem(
-                "general_settings.forward_client_headers_to_llm_api",
-                f"is not true: in binary mode LiteLLM's server drops {mappings.inject_header}, and with it the memory",
-                warning=True,
-            )
-        )
-    elif not mappings.inject_header.startswith("x-"):
-        message = f"{mappings.inject_header!r} does not start with x-: LiteLLM's server drops it in binary mode"
-        problems.append(Problem("user_id_mappings.inject_header", message, warning=True))
+def header_warnings(document: Mapping[str, Any], inject_header: str) -> Iterator[Problem]:
+    """A warning wherever the injected header would not arrive as it was injected."""
+    forwards = "general_settings.forward_client_headers_to_llm_api"
+    if value_at(document, forwards) is not True:
+        message = f"is not true: in binary mode LiteLLM's server drops {inject_header}, and with it the memory"
+        yield Problem(forwards, message, warning=True)
+    elif not inject_header.startswith("x-"):
+        message = f"{inject_header!r} does not start with x-: LiteLLM's server drops it in binary mode"
+        yield Problem("user_id_mappings.inject_header", message, warning=True)
     models = document.get("model_list")
     for index, model in enumerate(models if isinstance(models, list) else ()):
-        params = model.get("litellm_params") if isinstance(model, dict) else None
-        fixed = params.get("extra_headers") if isinstance(params, dict) else None
-        if isinstance(fixed, dict) and any(str(name).lower() == mappings.inject_header for name in fixed):
-            where = f"model_list[{index}].litellm_params.extra_headers"
-            message = f"sets {mappings.inject_header} itself, so that all clients of this model share one memory"
-            problems.append(Problem(where, message, warning=True))
+        fixed = value_at(model, "litellm_params.extra_headers")
+        if isinstance(fixed, dict) and any(str(name).lower() == inject_header for name in fixed):
+            message = f"sets {inject_header} itself, so that all clients of this model share one memory"
+            yield Problem(f"model_list[{index}].litellm_params.extra_headers", message, warning=True)
 
 
 def secrets_in(value: Any, key: str = "") -> Iterator[str]:
