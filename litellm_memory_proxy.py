@@ -1722,7 +1722,7 @@ class Outcome(NamedTuple):
     def readable(self) -> str:
         """Its log line for a person at a terminal; method and path stand for the model where none is known."""
         ended, usage = self.ended, self.usage
-        streamed = ended.ttft is not None and ended.seconds - ended.ttft > 0.001
+        streamed = ended.ttft is not None and ended.seconds - ended.ttft > 0.05  # less is the sending of a whole answer
         parts = (
             self.user_id,
             f"{ended.method} {ended.path[:MAX_LOGGED]}" if self.model == NONE else self.model,
