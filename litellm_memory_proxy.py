@@ -395,7 +395,14 @@ def provider_error(body: bytes) -> dict[str, Any]:
     error = document.get("error", document) if isinstance(document, dict) else {}
     if isinstance(error, str):
         return {"message": error}
-    return error if isinstance(error, dict) and isinstance(error.get("message"), str) else {}
+    return with_cause(error) if isinstance(error, dict) and isinstance(error.get("message"), str) else {}
+
+
+def with_cause(error: dict[str, Any]) -> dict[str, Any]:
+    """The error object, its message with what OpenRouter keeps apart: the words of the provider behind it."""
+    more = error.get("metadata")
+    cause = more.get("raw") if isinstance(more, dict) else None
+    return {**error, "message": f"{error['message']}: {cause}"} if cause and isinstance(cause, str) else error
 
 
 def plain_message(error: BaseException) -> str:
@@ -3518,7 +3525,7 @@ def event_error(error: BaseException) -> ProxyError | None:
     """The error object of a stream of OpenAI's, which its client keeps as ``body`` of the exception that it raises."""
     bodies = (getattr(cause, "body", None) for cause in causes(error))
     said = next((body for body in bodies if isinstance(body, dict) and body.get("message")), None)
-    return stated_error(said) if said else None
+    return stated_error(with_cause(said)) if said else None
 
 
 async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:

@@ -2400,6 +2400,20 @@ def test_an_error_event_of_openais_keeps_what_it_says(sdk: Proxy, provider: Prov
     assert json.loads(events_of(sdk.chat(stream=True))[-1][1])["error"] == {**said, "param": None}
 
 
+@pytest.mark.parametrize("raw", ["prompt is too long", {"no": "text"}, "", None])
+def test_what_openrouter_keeps_apart_of_an_error_is_said(sdk: Proxy, provider: Provider, raw: Any) -> None:
+    said = {"message": "Provider returned error", "code": 400, "metadata": {"raw": raw, "provider_name": "Maker"}}
+    wanted = "Provider returned error" + (": prompt is too long" if raw == "prompt is too long" else "")
+    for reply in (
+        Reply(json.dumps({"error": said}).encode(), 400),
+        Reply(json.dumps({"error": said}).encode(), 200),
+        Reply(parts=[sse({"error": said})], headers=SSE),
+    ):
+        provider.script = lambda _got, reply=reply: reply
+        response = sdk.chat(stream=reply.parts is not None)
+        assert (response.status_code, response.json()["error"]["message"]) == (400, wanted)
+
+
 def test_anthropics_events_may_lack_the_space_and_the_last_blank_line(sdk: Proxy, provider: Provider) -> None:
     parts = [part.replace(b": ", b":", 1).replace(b"data: ", b"data:") for part in anthropic_stream(["hel", "lo"])]
     provider.script = lambda _got: Reply(parts=parts, headers=SSE)
