@@ -2900,7 +2900,8 @@ class Exchange:
     ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
     failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where it was an error, be
     its status good or not.
-    ``alive``: some of the answer's body came; ``heard``: more of it than the comments and pings of a stream.
+    ``alive``: some of the answer's body came, the piece ``first``; ``heard``: more of it than a stream's comments and
+    pings.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request that has no such header, the config's say, for routes on
     which LiteLLM sends none of a client's.
@@ -2913,6 +2914,7 @@ class Exchange:
     status: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
     alive: bool = False
+    first: bytes = b""
     heard: bool = False
     body: bytes = b""
     fault: Exception | None = None
@@ -2936,6 +2938,7 @@ class Exchange:
         """A piece of the answer's body came in."""
         if self.body or (not self.heard and ERROR_OBJECT.match(data)):
             self.body += data[: MAX_MESSAGE - len(self.body)]
+        self.first = data if not self.alive else self.first
         self.alive = True
         self.heard = self.heard or not SIGNS_OF_LIFE.fullmatch(data)
 
@@ -3403,12 +3406,16 @@ class Endpoint:
 async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """LiteLLM's chunks as OpenAI's events; each names the model as the client does."""
     changed: dict[str, Any] = {"model": model, **({"usage": None} if tally.hidden else {})}
+    silent = True
     async for part in stream:  # a copy: LiteLLM prices the call by the chunks that it made
+        silent = silent and not any(map(says_something, part.choices))
         usage = getattr(part, "usage", None)
         tally.add(usage)
         if usage is not None and tally.hidden and is_bare(part):
             continue
         yield sse_event(part.model_copy(update=changed).model_dump_json(exclude_none=True, exclude_unset=True))
+    if silent:
+        refuse_what_is_no_stream(EXCHANGE.get())
     yield SSE_DONE
 
 
@@ -3431,6 +3438,20 @@ async def text_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[by
 
     async for data in chat_frames(mended(), model, tally):
         yield data
+
+
+def says_something(choice: Any) -> bool:
+    """Whether a chunk's choice has a piece of the answer: text, a call, a thought."""
+    delta = getattr(choice, "delta", None)
+    return any(delta.model_dump(exclude={"role"}).values()) if delta else bool(getattr(choice, "text", None))
+
+
+def refuse_what_is_no_stream(exchange: Exchange | None) -> None:
+    """Raises ProxyError 502 where something else came in place of a stream: LiteLLM makes an empty one of it."""
+    kind = exchange.header("content-type") if exchange and exchange.alive else "text/event-stream"
+    if exchange and not ("stream" in kind or "ndjson" in kind):
+        said = exchange.first[:MAX_MESSAGE].decode(errors="replace").strip()
+        raise ProxyError(502, f"{exchange.host} answered with no stream, but with {said}", blame=PROVIDER)
 
 
 def is_bare(part: Any) -> bool:
@@ -3712,8 +3733,9 @@ def ollama_calls(calls: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 async def ollama_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """LiteLLM's chunks as Ollama's lines; a tool call is one line, once it is whole."""
     calls: dict[int, dict[str, str]] = {}
-    reason = "stop"
+    reason, silent = "stop", True
     async for part in stream:
+        silent = silent and not any(map(says_something, part.choices))
         tally.add(getattr(part, "usage", None))
         for choice in part.choices:
             reason = choice.finish_reason or reason
@@ -3725,6 +3747,8 @@ async def ollama_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[
                 call = calls.setdefault(piece.index, {"name": "", "arguments": ""})
                 call["name"] += piece.function.name or ""
                 call["arguments"] += piece.function.arguments or ""
+    if silent:
+        refuse_what_is_no_stream(EXCHANGE.get())
     if calls:
         yield ollama_reply(model, ollama_calls(calls.values()))
     yield ollama_reply(model, {}, reason, tally)

@@ -2390,6 +2390,17 @@ def test_an_error_object_with_a_good_status_is_an_error(
     assert (response.status_code, response.json()["error"]["message"]) == (ERROR_OBJECTS[body], "slow down")
 
 
+@pytest.mark.parametrize("body", [b'{"base_resp": {"status_msg": "no such key"}}', b"no such key"])
+def test_what_is_no_stream_is_no_empty_answer(sdk: Proxy, provider: Provider, body: bytes) -> None:
+    provider.script = lambda _got: Reply(body, 200)
+    bodies = {CHAT: chat_body(), "/v1/completions": {"model": "gpt", "prompt": "hello"}, "/api/chat": chat_body()}
+    for path, asked in bodies.items():
+        last = sdk.post(path, {**asked, "stream": True}).text.rstrip().rpartition("\n")[2].removeprefix("data: ")
+        assert "no such key" in str(json.loads(last)["error"])
+    provider.script = lambda _got: Reply(parts=[openai_chunk({}, "stop"), b"data: [DONE]\n\n"], headers=SSE)
+    assert sdk.chat(stream=True).text.endswith("data: [DONE]\n\n")  # a model may say nothing
+
+
 def test_an_error_event_of_openais_keeps_what_it_says(sdk: Proxy, provider: Provider) -> None:
     said = {"message": "slow down", "type": "rate_limit_error", "code": 429}
     provider.script = lambda _got: Reply(parts=[sse({"error": said})], headers=SSE)
