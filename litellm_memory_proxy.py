@@ -4177,7 +4177,9 @@ class SdkBackend:
                 types = " or ".join(JSON_TYPES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
                 raise ProxyError(400, f"the request body must have {name!r}, a JSON {types}", param=name)
         for name, kind in OPTIONAL_SHAPE.items():
-            if not isinstance(params.get(name), (kind, type(None))):
+            if params.get(name) is None:
+                params.pop(name, None)  # a null means the same, but LiteLLM fails on that of ``metadata``
+            elif not isinstance(params[name], kind):
                 raise ProxyError(400, f"{name!r} must be a JSON {JSON_TYPES[kind]}", param=name)
         if not all(isinstance(message, dict) for message in params.get("messages", ())):
             raise ProxyError(400, "each of 'messages' must be a JSON object", param="messages")

@@ -2079,6 +2079,14 @@ def test_bad_bodies_get_a_clear_400_without_a_call(sdk: Proxy, provider: Provide
     assert not provider.got
 
 
+@pytest.mark.parametrize("name", ["gpt", "claude"])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
+def test_a_null_is_as_good_as_nothing(sdk: Proxy, provider: Provider, path: str, name: str) -> None:
+    for field_name in proxy.OPTIONAL_SHAPE:
+        answer = sdk.post(path, body_for(path, name, **{field_name: None}))
+        assert answer.status_code == 200, (field_name, answer.text)
+
+
 def test_wrong_methods_and_unknown_paths(sdk: Proxy) -> None:
     for path in ("/v1/chat/completions", "/v1/messages"):
         response = sdk.client.get(path)
