@@ -4542,9 +4542,12 @@ def missing_provider_keys(litellm: Any, params: Mapping[str, Any]) -> str:
     return " or ".join(name for name in found["missing_keys"] if name.endswith("_API_KEY"))
 
 
+API_BASE = re.compile(r"^(?:/openai(?!/deployments/))?(?:/v1)?(?=/|$)")
+
+
 def api_path(request: Request) -> str:
-    """The path within the model API, which clients put under ``/v1`` or not."""
-    return request.path.removeprefix("/v1").rstrip("/")
+    """The path within the model API, which clients put under ``/v1`` or not, and Azure's under ``/openai``."""
+    return API_BASE.sub("", request.path).rstrip("/")
 
 
 def require_method(request: Request, *allowed: str) -> None:

@@ -3153,6 +3153,15 @@ def test_azures_paths_name_the_model(sdk: Proxy, provider: Provider, prefix: str
     assert sdk.post(f"{prefix}/nothing", body).status_code == 404
 
 
+@pytest.mark.parametrize("base", ["/openai", "/openai/v1"])
+def test_azures_paths_may_leave_the_model_to_the_body(sdk: Proxy, provider: Provider, base: str) -> None:
+    for path, end in ((CHAT, "/chat/completions"), (RESPONSES, "/responses")):
+        answer = sdk.post(f"{base}{end}?api-version=preview", body_for(path, "gpt"), headers={"api-key": "anything"})
+        assert (answer.status_code, provider.last.path) == (200, path)
+    assert "gpt" in {row["id"] for row in sdk.client.get(f"{base}/models").json()["data"]}
+    assert sdk.post(f"{base}/nothing", body_for(CHAT, "gpt")).status_code == 404
+
+
 CODED = {
     "gzip": gzip.compress,
     "deflate": zlib.compress,
