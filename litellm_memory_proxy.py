@@ -36,8 +36,9 @@ The way of one request, downwards and back (no room calls back up):
 Which thread does what: each client connection has a handler thread that reads the request, waits, and writes the
 answer. In sdk mode the one loop thread runs every LiteLLM call; a handler thread waits on a queue for what it sends,
 and while it waits the loop thread writes what a stream goes on with, as far as that never blocks.
-In binary mode the handler thread does the forwarding itself. One more thread watches over the LiteLLM server. The
-main thread waits for signals: it stops the program, or reads the config again and replaces what serves.
+In binary mode the handler thread does the forwarding itself. One more thread watches over the LiteLLM server, and one
+counts and logs the requests that have ended. The main thread waits for signals: it stops the program, or reads the
+config again and replaces what serves.
 
 The rooms, bottom up; each uses only those above it in this list:
 
