@@ -8178,6 +8178,11 @@ class Signals:
             while not (self.stop or self.reload):
                 self._reader.recv(1)
 
+    def close(self) -> None:
+        """All is done: what comes while Python takes itself down, without handlers, must not change the exit code."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
 
 FileState = tuple[int, int, int]  # what changes with a file: its time in ns, its size in bytes, its inode
 
@@ -8260,6 +8265,7 @@ def serve(arguments: argparse.Namespace) -> int:
         finally:
             program.stop()
             log.flush()
+            signals.close()
     return 0
 
 
