@@ -1717,7 +1717,7 @@ class Outcome(NamedTuple):
             "backend": ended.backend,
             "status": ended.status,
             "method": ended.method,
-            "path": ended.path[:MAX_LOGGED],
+            "path": ended.path,
             "duration_ms": round(ended.seconds * 1000, 1),
             "ttft_ms": None if ended.ttft is None else round(ended.ttft * 1000, 1),
             "tokens": usage.tokens,
@@ -1733,7 +1733,7 @@ class Outcome(NamedTuple):
         streamed = ended.ttft is not None and ended.seconds - ended.ttft > 0.05  # less is the sending of a whole answer
         parts = (
             self.user_id,
-            f"{ended.method} {ended.path[:MAX_LOGGED]}" if self.model == NONE else self.model,
+            f"{ended.method} {ended.path}" if self.model == NONE else self.model,
             ended.backend,
             "client left" if ended.status == 499 else str(ended.status),
             f"{usage.input_tokens}+{usage.output_tokens} tokens" if usage.tokens is not None else "",
@@ -1896,7 +1896,9 @@ class Metrics:
             self._memory_failed = error is not None
             self._count("memory_errors_total", int(self._memory_failed))
         usage = ended.tally.usage() if ended.tally else Usage(cost_usd=cost)
-        return Outcome(ended, self._shown(ended.user_id), self._shown(ended.model), usage, error)
+        # Its line may wait for long: without what is large, such as the answer that the price is asked of.
+        slim = ended._replace(tally=None, lines="", path=ended.path[:MAX_LOGGED])
+        return Outcome(slim, self._shown(ended.user_id), self._shown(ended.model), usage, error)
 
     def _count_requests(self, outcomes: Sequence[Outcome]) -> None:
         alike = Counter((each.user_id, each.model, each.ended.backend, each.ended.status) for each in outcomes)
@@ -4142,10 +4144,9 @@ class SdkBackend:
         params["stream_options"] = {**wanted, "include_usage": True}
         return True
 
-    def _price(self, model: str, result: Any, usage: Mapping[str, Any]) -> float | None:
-        """LiteLLM's price of a call, or None where it has none for the model."""
-        hidden = hidden_params(result)
-        deployment = self.router.get_deployment(hidden.get("model_id") or "")
+    def _price(self, model: str, model_id: str | None, usage: Mapping[str, Any]) -> float | None:
+        """LiteLLM's price of a call to this deployment, or None where it has none for the model."""
+        deployment = self.router.get_deployment(model_id or "")
         params = {} if deployment is None else deployment.litellm_params.model_dump(exclude_none=True)
         info = {} if deployment is None else deployment.model_info.model_dump(exclude_none=True)
         configured = str(params.get("model") or model)  # of a wildcard: the provider before, the client's name behind
@@ -4155,7 +4156,7 @@ class SdkBackend:
                 {"model": name, "usage": dict(usage)},
                 model=name,
                 custom_pricing=any("cost_per" in key for key in {**params, **info}) or None,
-                router_model_id=hidden.get("model_id"),
+                router_model_id=model_id,
             )
         except Exception:  # LiteLLM's way of saying that it does not know the model
             return None
@@ -4214,7 +4215,6 @@ class SdkBackend:
             if result is None:
                 raise ProxyError(502, f"LiteLLM gave no answer for {model}", blame=BACKEND)
             refuse_false_answer(exchange)
-            tally.price = lambda usage: self._price(model, result, usage)
             if params.get("stream") is not True or endpoint.frames is None:
                 tally.add(result.get("usage") if isinstance(result, dict) else getattr(result, "usage", None))
                 tally.known_cost = hidden_params(result).get("response_cost")  # mostly known by now: pricing takes time
@@ -4230,6 +4230,8 @@ class SdkBackend:
             tally.error_status = failure.status
             await channel.put(sse_error(failure.redact(self._log.redact), dialect))
         finally:  # a stream that is left behind would keep its connection to the provider
+            # Not the result: the tally outlives it, and may wait for long.
+            tally.price = partial(self._price, model, hidden_params(result).get("model_id"))
             opening.close()
             if hasattr(result, "aclose"):
                 await result.aclose()

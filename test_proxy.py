@@ -40,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -1414,6 +1415,40 @@ def test_metrics_are_valid_in_prometheus_format_whatever_their_labels() -> None:
     assert [values["errors_total", ("kind", kind)] for kind in ("rate_limit", "client_gone", "timeout")] == [1, 1, 1]
     assert values["memory_degraded",] == values["memory_errors_total",] == 1
     assert values["process_resident_memory_bytes",] > 10_000_000 and values["process_open_fds",] > 2
+
+
+class Unread(io.StringIO):
+    """A stream whose reader does not read until ``read_on`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_on = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.read_on.wait(10)
+        return super().write(text)
+
+
+def test_a_line_that_nobody_reads_holds_on_to_nothing_large() -> None:
+    class Answer:
+        """Stands for what the price is asked of."""
+
+        def price(self, _usage: Any) -> float:
+            return 0.5
+
+    stream, answer = Unread(), Answer()
+    kept = weakref.ref(answer)
+    metrics = proxy.Metrics(proxy.Log(stream, as_json=True, redact=proxy.Redactor()))
+    tally = proxy.Tally(price=answer.price)
+    tally.add(USAGE)
+    metrics.begin()
+    metrics.end(ended(tally=tally))
+    del answer, tally
+    try:
+        wait_until(lambda: kept() is None, 3)
+    finally:
+        stream.read_on.set()
+    assert metrics.snapshot()["cost_usd_total"][0]["value"] == 0.5
 
 
 @pytest.mark.parametrize(
