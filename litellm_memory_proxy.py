@@ -1883,9 +1883,9 @@ class Metrics:
         with self._lock:
             outcomes = [self._outcome(self._ended.popleft()) for _ in range(len(self._ended))]
             self._count_requests(outcomes)
-        for outcome in outcomes:
-            name = "client_gone" if outcome.ended.status == 499 else "answered"
-            self._log.event("DEBUG" if outcome.ended.backend == OWN else "INFO", "request", name, outcome=outcome)
+            for outcome in outcomes:  # under the lock, so that `Log.flush` waits for them, and they keep their order
+                name = "client_gone" if outcome.ended.status == 499 else "answered"
+                self._log.event("DEBUG" if outcome.ended.backend == OWN else "INFO", "request", name, outcome=outcome)
 
     def _outcome(self, ended: Ended) -> Outcome:
         """What is to be said of a request; the memory service has perhaps shown itself in its answer's headers."""

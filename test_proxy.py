@@ -1451,6 +1451,25 @@ def test_a_line_that_nobody_reads_holds_on_to_nothing_large() -> None:
     assert metrics.snapshot()["cost_usd_total"][0]["value"] == 0.5
 
 
+def test_lines_stand_in_the_order_in_which_their_requests_ended_whoever_counts_them() -> None:
+    class Slow(proxy.Log):
+        """Each event takes its time, as where the thread has to wait for its turn."""
+
+        def event(self, *arguments: Any, **more: Any) -> None:
+            time.sleep(0.05)
+            super().event(*arguments, **more)
+
+    stream = io.StringIO()
+    log = Slow(stream, as_json=True, redact=proxy.Redactor())
+    metrics = proxy.Metrics(log)
+    for number in range(10):
+        metrics.begin()
+        metrics.end(ended(request_id=str(number)))
+        time.sleep(0.03)
+    log.flush(5)  # as at the end of the program: all are there
+    assert [json.loads(line)["request_id"] for line in stream.getvalue().splitlines()] == [str(n) for n in range(10)]
+
+
 @pytest.mark.parametrize(
     ("count", "ranks"), [(1, (1, 1, 1)), (2, (1, 2, 2)), (3, (2, 3, 3)), (100, (50, 95, 99)), (101, (51, 96, 100))]
 )
