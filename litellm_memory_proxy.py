@@ -1748,9 +1748,9 @@ def name_shown(name: str, redact: Callable[[str], str]) -> str:
     return redact(name.encode("utf-8", "replace").decode()[:MAX_MODEL]) or NONE
 
 
-# What an answer's header fields tell beside the answer: the memory service of itself, LiteLLM's server of the cost,
-# with a prefix before what comes from a provider.
-TOLD = re.compile(r"(?i)\r\n(?:llm_provider-)?(x-supermemory-[^:]*|x-litellm-response-cost):([^\r]*)")
+# What an answer's header fields tell beside the answer: the memory service of itself, with a prefix where LiteLLM's
+# server passes it on; the server of the cost, where the prefix would make it that of another server behind it.
+TOLD = re.compile(r"(?i)\r\n(?:llm_provider-(?=x-supermemory))?(x-supermemory-[^:]*|x-litellm-response-cost):([^\r]*)")
 
 
 def stated_cost(text: str) -> float | None:

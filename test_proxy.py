@@ -3453,6 +3453,14 @@ def test_odd_costs_are_no_costs(forward: Proxy, provider: Provider, cost: str) -
     assert "NaN" not in forward.client.get("/memory-routing/stats").text
 
 
+def test_the_cost_is_the_servers_and_not_that_of_another_server_behind_it(forward: Proxy, provider: Provider) -> None:
+    stated = {"x-litellm-response-cost": "0.5", "llm_provider-x-litellm-response-cost": "0.25"}
+    for headers in (stated, dict(reversed(stated.items()))):
+        provider.script = lambda got, headers=headers: Reply(usual_answer(got).body, headers=headers)
+        answer = forward.chat()
+        assert log_line(forward, answer.headers["x-request-id"])["cost_usd"] == 0.5
+
+
 @pytest.mark.parametrize("mode", ["sdk", "forward"])
 def test_hostile_names_spoil_neither_log_nor_metrics(
     request: pytest.FixtureRequest, provider: Provider, mode: str
