@@ -1681,7 +1681,7 @@ class Ended(NamedTuple):
     """A request that has ended, as its thread leaves it: what is said of it is worked out when no client waits.
 
     ``status`` is 499 where the client left; ``seconds`` and ``ttft`` (time to the first byte of the answer's body)
-    count from the request's head, ``at`` from the Unix epoch.
+    count from the request's head, ``at`` from the Unix epoch; ``method`` is "" where the request could not be read.
     """
 
     at: float
@@ -1884,8 +1884,12 @@ class Metrics:
             outcomes = [self._outcome(self._ended.popleft()) for _ in range(len(self._ended))]
             self._count_requests(outcomes)
             for outcome in outcomes:  # under the lock, so that `Log.flush` waits for them, and they keep their order
-                name = "client_gone" if outcome.ended.status == 499 else "answered"
-                self._log.event("DEBUG" if outcome.ended.backend == OWN else "INFO", "request", name, outcome=outcome)
+                if outcome.ended.method:  # what could not be read has been logged as refused
+                    self._log_request(outcome)
+
+    def _log_request(self, outcome: Outcome) -> None:
+        name = "client_gone" if outcome.ended.status == 499 else "answered"
+        self._log.event("DEBUG" if outcome.ended.backend == OWN else "INFO", "request", name, outcome=outcome)
 
     def _outcome(self, ended: Ended) -> Outcome:
         """What is to be said of a request; the memory service has perhaps shown itself in its answer's headers."""

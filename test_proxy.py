@@ -2723,6 +2723,14 @@ def test_session_keeps_cookies_on_every_route(cookies: Proxy, provider: Provider
             assert ends.get(path, last_data == "[DONE]"), response.text
 
 
+def test_a_request_that_cannot_be_read_has_one_line_in_the_log(cookies: Proxy) -> None:
+    answer = cookies.raw(b"GET / HTTP/1.1\r\n\r\n")
+    assert log_line(cookies, re.findall(r"x-request-id: (\w+)", answer.decode())[0])["event"] == "refused"
+    cookies.client.get("/health", headers={"x-request-id": "the-next"})
+    log_line(cookies, "the-next")
+    assert not [line for line in cookies.lines if '"method": ""' in line]
+
+
 def test_session_shows_cookies_by_name_and_never_by_value(shared_provider: Provider, provider: Provider) -> None:
     provider.script = lambda got: Reply(usual_answer(got).body, headers={"set-cookie": "visible=secret-cookie-value"})
     config = config_for_models(model("gpt", "openai/gpt-4o-mini", f"{shared_provider.url}/v1"))
