@@ -4915,7 +4915,7 @@ class Pool:
                 connection = self._idle.pop()
                 self._busy += 1
             # One with something to read was closed by the server, or would give an answer to whom it is not meant for.
-            if time.monotonic() - connection.used_at < POOL_IDLE_SECONDS and not connection.readable():
+            if time.monotonic() - connection.used_at < POOL_IDLE_SECONDS and not readable(connection.sock):
                 return connection
             self.release(connection)
         connection = Connection(self.upstream.connect())
@@ -4992,15 +4992,9 @@ class Connection(Reader):
         super().__init__()
         self.sock = sock
         self.used_at = 0.0  # when an exchange ended on it, by the monotonic clock
-        self._look = select.poll()
-        self._look.register(sock, select.POLLIN)
         tls = isinstance(sock, ssl.SSLSocket)
         self._flags = 0 if tls else socket.MSG_DONTWAIT
         self._early = 0 if tls else select.POLLIN  # an answer before the request is sent; TLS has messages of its own
-
-    def readable(self) -> bool:
-        """Whether there is something to read right now, the end of the input included."""
-        return bool(self._look.poll(0))
 
     def begin(self, peer: Peer, timeout: float) -> None:
         """An exchange begins, under watch of the client; the server may be silent for ``timeout`` seconds."""
