@@ -5880,7 +5880,7 @@ class Record:
     """One request and what becomes of it; ``backend`` is `OWN` for the endpoints of our own.
 
     ``began`` is when the request's head was read, by the monotonic clock, ``ttft`` how many seconds later the first
-    byte of the answer's body was there.
+    byte of the answer's body was there. ``lines`` are the answer's header fields as the front has sent them.
     """
 
     request: Request
@@ -5889,6 +5889,7 @@ class Record:
     route: Route = NO_ROUTE
     backend: str = OWN
     ttft: float | None = None
+    lines: str = ""
     response: Response = field(init=False)
 
     def first_byte(self) -> None:
@@ -6052,7 +6053,7 @@ class Application:
             time.monotonic() - record.began,
             record.ttft,
             tally,
-            response.lines(),
+            record.lines,
             request.id,
             request.head.method,
             request.head.path,
@@ -6333,7 +6334,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields.append(("Connection", "close" if closing else "keep-alive"))
         self.close_connection = closing
         reason = reason_phrase(response.status) if response.reason is None else response.reason
-        head = head_bytes(f"HTTP/1.1 {response.status} {reason}", response.lines())
+        record.lines = response.lines()
+        head = head_bytes(f"HTTP/1.1 {response.status} {reason}", record.lines)
         if response.tunnel:
             self.close_connection = True
             response.tunnel(self.connection, head, self._reader.buffer)
