@@ -1367,7 +1367,7 @@ def test_what_a_library_logs_wrongly_fails_no_call_of_its_own() -> None:
 
 
 def ended(user_id: str = "a", model: str = "gpt", status: int = 200, **more: Any) -> proxy.Ended:
-    return proxy.Ended(time.time(), user_id, model, "sdk", status, seconds=0.3, **more)
+    return proxy.Ended(time.time(), user_id, model, "sdk", status, seconds=0.3, method="POST", **more)
 
 
 def quiet_log() -> proxy.Log:
