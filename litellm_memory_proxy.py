@@ -185,6 +185,7 @@ LINGER_SECONDS = 2.0  # how long a refused client may go on sending before its c
 MAX_REFUSED = 64  # connections at once that are one too many, and may do so
 DRAIN_SECONDS = 30.0  # how long requests in flight may take to end once the program was told to stop
 AGAIN_SECONDS = 0.5  # a Ctrl-C this long after the first ends them; one sooner is the same, handed on by a wrapper
+TAKEN_SECONDS = 0.05  # within which a thread that has read a request gets to say so: longer than it waits for its turn
 CONTINUE_SECONDS = 1.0  # wait for the server's 100 (Continue) before the body is sent anyway (RFC 9110 §10.1.1)
 
 REQUEST_SECONDS = 600.0  # an answer of a model: the OpenAI and Anthropic SDKs' own default
@@ -6283,8 +6284,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return None
         except ProxyError:
             return None
-        if not self.server.connections.busy(self.connection):  # it had to make room, or came too late
-            return None
+        if not self.server.connections.busy(self.connection):
+            raise unavailable("the request came while its connection, which had been idle, was being closed")
         self._reader.deadline = time.monotonic() + HEAD_SECONDS
         data = self._reader.head()
         if data is None:
@@ -6413,25 +6414,26 @@ class Connections:
 
     def _make_room(self) -> bool:
         for sock in list(self._idle):
-            # One whose request has come in, and is about to be read, is not idle any more.
-            if not readable(sock) and self._take(sock):
+            if self._end_idle(sock):
                 self._open.discard(sock)
-                shut(sock)
                 return True
         return False
 
-    def _take(self, sock: socket.socket) -> bool:
-        """Take a connection out of the idle ones; False where another thread has."""
-        return self._idle.pop(sock, self) is None
+    def _end_idle(self, sock: socket.socket) -> bool:
+        """Let an idle connection close; False for one whose request has come in, and is about to be read."""
+        ended = not readable(sock) and self.busy(sock)
+        if ended:
+            shut(sock)
+        return ended
 
     def idle(self, sock: socket.socket) -> bool:
         """The connection waits for a request; False where it should close instead."""
         self._idle[sock] = None
-        return sock in self._open and not self.draining
+        return sock in self._open and (not self.draining or readable(sock))
 
     def busy(self, sock: socket.socket) -> bool:
-        """The connection has a request; False where it had to make room, or came too late."""
-        return self._take(sock) and not self.draining
+        """Take a connection out of the idle ones, such as for its request; False where another thread has."""
+        return self._idle.pop(sock, self) is None
 
     def forget(self, sock: socket.socket) -> None:
         """The connection is closed."""
@@ -6443,8 +6445,9 @@ class Connections:
     def drain(self, seconds: float) -> bool:
         """Close idle connections and wait for the busy ones; False where some were still busy at the end."""
         self.draining = True
+        time.sleep(TAKEN_SECONDS)
         for sock in list(self._idle):
-            shut(sock)
+            self._end_idle(sock)
         with self._changed:
             quiet = self._changed.wait_for(lambda: not self._open, seconds)
             for sock in self._open:

@@ -49,6 +49,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
@@ -4720,6 +4721,44 @@ def test_a_connection_whose_request_has_come_in_makes_room_for_none() -> None:
     assert not connections.admit(second)
     first.recv(1)
     assert connections.admit(second) and first.recv(1) == b""
+
+
+def test_a_request_that_comes_while_its_idle_connection_is_being_closed_is_answered() -> None:
+    connections = proxy.Connections(1)
+    server_side, client = tcp_pair()
+    client.settimeout(5)
+    application = proxy.Application(proxy.Metrics(quiet_log()), quiet_log(), proxy.Access())
+    application.serving = SimpleNamespace(primary=SimpleNamespace(name="sdk"))  # type: ignore[assignment]
+    front = SimpleNamespace(connections=connections, application=application, limits=proxy.Limits())
+    assert connections.admit(server_side)
+    threading.Thread(target=proxy.Handler, args=(server_side, None, front), daemon=True).start()
+    time.sleep(0.3)  # it waits for a request
+    assert connections.busy(server_side)  # as the thread does that lets it make room
+    client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert client.recv(65536).startswith(b"HTTP/1.1 503 ")
+
+
+def test_a_stop_answers_clients_that_go_on_asking(provider: Provider) -> None:
+    running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url)
+
+    def ask_on(_: int) -> bool:
+        """Ask again and again; whether the end was announced by an answer."""
+        client = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
+        while True:
+            try:
+                client.request("GET", "/memory-routing/info")
+                answer = client.getresponse()
+            except OSError:
+                return False
+            answer.read()
+            if answer.headers["Connection"] == "close":
+                return answer.status == 200
+
+    with ThreadPoolExecutor(16) as pool:
+        clients = pool.map(ask_on, range(16))
+        time.sleep(1)
+        assert running.stop() == 0
+        assert sum(clients) >= 8  # the others asked only once their connection had been closed as idle
 
 
 CHAT_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
