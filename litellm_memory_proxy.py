@@ -6378,8 +6378,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
 
     def finish(self) -> None:
-        """Called by socketserver after `handle`, whatever happened."""
-        self.server.connections.forget(self.connection)
+        """Called by socketserver after `handle`: nothing is buffered that would have to go out."""
 
 
 class Connections:
@@ -6539,6 +6538,11 @@ class Front(http.server.ThreadingHTTPServer):
             else:
                 sock.close()
         self._refused = kept
+
+    def shutdown_request(self, request: Any) -> None:
+        """Called by socketserver at a connection's end, also where there was no thread to be had for it."""
+        self.connections.forget(request)
+        super().shutdown_request(request)
 
     @property
     def url(self) -> str:

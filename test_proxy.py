@@ -4761,6 +4761,18 @@ def test_a_stop_answers_clients_that_go_on_asking(provider: Provider) -> None:
         assert sum(clients) >= 8  # the others asked only once their connection had been closed as idle
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux changes the limits of a running process")
+def test_a_connection_for_which_there_is_no_thread_is_not_counted_for_ever(provider: Provider) -> None:
+    running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url, "--max-connections", "4")
+    before = resource.prlimit(running.process.pid, resource.RLIMIT_AS)
+    resource.prlimit(running.process.pid, resource.RLIMIT_AS, (1, before[1]))  # no room for a thread's stack
+    for _ in range(6):
+        assert running.raw(b"") == b""
+    resource.prlimit(running.process.pid, resource.RLIMIT_AS, before)
+    assert samples_of(running)["memory_proxy_client_connections"] == 1
+    assert running.stop() == 0
+
+
 CHAT_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
 # What a client sends at first, and then every few seconds → how long it may, and the status that it then gets.
 SLOW_CLIENTS = {
