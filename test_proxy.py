@@ -1643,14 +1643,6 @@ def test_a_reader_takes_heads_and_bodies_in_any_pieces() -> None:
         assert reader.some(10)[:1] == b"G"
 
 
-def test_a_large_head_in_small_pieces_keeps_nobody_waiting() -> None:
-    head = b"GET / HTTP/1.1\r\nCookie: " + b"c" * 60_000
-    reader = reader_of(*(head[i : i + 20] for i in range(0, len(head), 20)), b"\r\n\r\n")
-    began = time.process_time()
-    assert reader.head() == head
-    assert time.process_time() - began < 1
-
-
 @pytest.mark.parametrize(
     "data",
     [
