@@ -1434,19 +1434,26 @@ class Redactor:
             return text
         return KEY_SHAPES.sub(lambda match: (match[1] or "") + REDACTED, text)
 
-    def within(self, value: Any) -> Any:
-        """A JSON value without the secrets in its strings: once it is written as JSON, they would look different."""
-        if isinstance(value, dict):
-            return {self(str(key)): self.within(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.within(item) for item in value]
-        return value if value is None or isinstance(value, bool | int | float) else self(str(value))
+
+def within(value: Any, redact: Redact) -> Any:
+    """A JSON value with its strings redacted: once it is written as JSON, a secret would look different."""
+    if isinstance(value, dict):
+        return {redact(str(key)): within(item, redact) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [within(item, redact) for item in value]
+    return value if value is None or isinstance(value, bool | int | float) else redact(str(value))
 
 
 def timestamp(when: float | None = None) -> str:
     """A time since the Unix epoch in seconds, by default now, in UTC with milliseconds as RFC 3339 writes it."""
-    moment = datetime.fromtimestamp(time.time() if when is None else when, timezone.utc)
-    return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+    second, milliseconds = divmod(int((time.time() if when is None else when) * 1000), 1000)
+    return f"{date_and_time(second)}.{milliseconds:03d}Z"
+
+
+@lru_cache(maxsize=2)  # of a second there are many lines
+def date_and_time(second: int) -> str:
+    """A whole second since the Unix epoch in UTC, as RFC 3339 writes it."""
+    return datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def one_line(text: str) -> str:
@@ -1472,7 +1479,7 @@ def stay_home() -> None:
             os.sched_setaffinity(0, {home_core()})
 
 
-encode_json = json.JSONEncoder(default=str).encode  # made once: `json.dumps` with a default makes one each time
+json_text = json.JSONEncoder().encode  # of a string it is quick; `json.dumps` asks for its options first
 
 
 class LogFile(RotatingFileHandler):
@@ -1480,6 +1487,9 @@ class LogFile(RotatingFileHandler):
 
     def handleError(self, _record: logging.LogRecord) -> None:
         """Say nothing: the standard handler prints a traceback on standard error."""
+
+
+Redact = Callable[[str], str]  # takes the secrets out of a text; `str` is the one that leaves it as it is
 
 
 class LogEvent(NamedTuple):
@@ -1552,12 +1562,12 @@ class Log:
                 self.event("ERROR", "log", "defect", error=repr(error)[:MAX_LOGGED], where=where_raised(error))
             events = list(self._events)
             if self._file:
-                for event in events:
-                    self._file.handle(logging.makeLogRecord({"msg": self._as_json(event)}))
+                for line in self._lines(events, event_as_json):
+                    self._file.handle(logging.makeLogRecord({"msg": line}))
             dropped, self._dropped = self._dropped, 0
-            form = self._as_json if self._json else self._readable
+            lines = self._lines(events, event_as_json if self._json else event_readable)
             try:
-                self._stream.write("".join(form(event) + "\n" for event in events))
+                self._stream.write("".join(f"{line}\n" for line in lines))
                 self._stream.flush()
             except (OSError, ValueError):  # whoever read our output is gone; the proxy goes on
                 pass
@@ -1574,30 +1584,35 @@ class Log:
         while self._events and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def _as_json(self, event: LogEvent) -> str:
-        head = {
-            "timestamp": timestamp(event.time),
-            "level": event.level,
-            "component": event.component,
-            "event": event.name,
-        }
-        fields = event.outcome.fields() if event.outcome else event.fields
-        line = encode_json({**head, **fields})
-        # A line without a backslash has every text as it is. Few have one, or a secret, and are looked at text by text.
-        if "\\" in line or self.redact(line) != line:
-            line = encode_json({**head, **{name: self.redact.within(value) for name, value in fields.items()}})
-        return line
+    def _lines(self, events: Sequence[LogEvent], form: Callable[[LogEvent, Redact], str]) -> list[str]:
+        """A line for each event, without secrets."""
+        lines = [form(event, str) for event in events]
+        text = "\n".join(lines)
+        # Without a backslash, JSON has every text as it is. Few lines have one, or a secret: all are searched at once.
+        if "\\" in text or self.redact(text) != text:
+            lines = [form(event, self.redact) for event in events]
+        return lines
 
-    def _readable(self, event: LogEvent) -> str:
-        if event.outcome:
-            text = event.outcome.readable()
-        else:
-            known = {key: value for key, value in event.fields.items() if value is not None}
-            message = known.pop("message", event.name)
-            text = " ".join([f"{event.component}: {message}", *(f"{k}={v}" for k, v in known.items())])
-        line = f"{datetime.fromtimestamp(event.time):%H:%M:%S} {event.level.lower():<8} {text}"
-        line = line.encode("utf-8", "replace").decode()
-        return self.redact(one_line(line))
+
+def event_as_json(event: LogEvent, redact: Redact) -> str:
+    """An event as a JSON object."""
+    head = f'{{"timestamp": "{timestamp(event.time)}", "level": "{event.level}"'
+    if event.outcome:
+        return f'{head}, "component": "{event.component}", "event": "{event.name}", {event.outcome.as_json(redact)}}}'
+    fields = within({"component": event.component, "event": event.name, **event.fields}, redact)
+    return f"{head}, {json.dumps(fields)[1:]}"
+
+
+def event_readable(event: LogEvent, redact: Redact) -> str:
+    """An event for a person at a terminal."""
+    if event.outcome:
+        text = event.outcome.readable()
+    else:
+        known = {key: value for key, value in event.fields.items() if value is not None}
+        message = known.pop("message", event.name)
+        text = " ".join([f"{event.component}: {message}", *(f"{k}={v}" for k, v in known.items())])
+    line = f"{datetime.fromtimestamp(event.time):%H:%M:%S} {event.level.lower():<8} {text}"
+    return redact(one_line(line.encode("utf-8", "replace").decode()))
 
 
 class LoggingHandler(logging.Handler):
@@ -1692,8 +1707,6 @@ class Ended(NamedTuple):
     status: int
     seconds: float
     ttft: float | None = None
-    tally: Tally | None = None
-    lines: str = ""  # the answer's header fields, each behind its CRLF
     request_id: str = ""
     method: str = ""
     path: str = ""
@@ -1708,25 +1721,28 @@ class Outcome(NamedTuple):
     usage: Usage = NO_USAGE
     memory_error: str | None = None
 
-    def fields(self) -> dict[str, Any]:
-        """What stands in its log line as JSON."""
+    def as_json(self, redact: Redact) -> str:
+        """What stands in its log line as JSON: written out, since the encoder takes three times as long."""
+
+        def text(value: str | None) -> str:
+            return "null" if value is None else json_text(redact(value))
+
+        def number(value: float | None) -> str:
+            return "null" if value is None else str(value)
+
         ended, usage = self.ended, self.usage
-        return {
-            "request_id": ended.request_id,
-            "user_id": None if self.user_id == NONE else self.user_id,
-            "model": None if self.model == NONE else self.model,
-            "backend": ended.backend,
-            "status": ended.status,
-            "method": ended.method,
-            "path": ended.path,
-            "duration_ms": round(ended.seconds * 1000, 1),
-            "ttft_ms": None if ended.ttft is None else round(ended.ttft * 1000, 1),
-            "tokens": usage.tokens,
-            "input_tokens": usage.input_tokens,
-            "output_tokens": usage.output_tokens,
-            "cost_usd": usage.cost_usd,
-            "memory_error": self.memory_error,
-        }
+        return (
+            f'"request_id": {text(ended.request_id)}, '
+            f'"user_id": {text(None if self.user_id == NONE else self.user_id)}, '
+            f'"model": {text(None if self.model == NONE else self.model)}, '
+            f'"backend": "{ended.backend}", "status": {ended.status}, '
+            f'"method": {text(ended.method)}, "path": {text(ended.path)}, '
+            f'"duration_ms": {round(ended.seconds * 1000, 1)}, '
+            f'"ttft_ms": {number(None if ended.ttft is None else round(ended.ttft * 1000, 1))}, '
+            f'"tokens": {number(usage.tokens)}, "input_tokens": {number(usage.input_tokens)}, '
+            f'"output_tokens": {number(usage.output_tokens)}, "cost_usd": {number(usage.cost_usd)}, '
+            f'"memory_error": {text(self.memory_error)}'
+        )
 
     def readable(self) -> str:
         """Its log line for a person at a terminal; method and path stand for the model where none is known."""
@@ -1859,7 +1875,7 @@ class Metrics:
         self._histograms = {name: Histogram() for name, (kind, _) in FAMILIES.items() if kind == "histogram"}
         self._known: dict[str, set[str]] = {"user_id": set(), "model": set()}
         self._running: deque[None] = deque()  # as long as there are requests under way; it needs no lock
-        self._ended: deque[Ended] = deque()
+        self._ended: deque[tuple[Ended, Tally | None, str]] = deque()
         self._shown = lru_cache(maxsize=4 * MAX_LABELS)(partial(name_shown, redact=lambda text: log.redact(text)))
         self._started = time.time()
         self._memory_failed = False
@@ -1870,10 +1886,10 @@ class Metrics:
         """A request has begun."""
         self._running.append(None)
 
-    def end(self, ended: Ended) -> None:
-        """A request that had begun has ended."""
+    def end(self, ended: Ended, tally: Tally | None = None, lines: str = "") -> None:
+        """A request that had begun has ended; its answer has told this, and had these lines of header fields."""
         self._running.pop()
-        self._ended.append(ended)
+        self._ended.append((ended, tally, lines))
         if len(self._ended) < SETTLED_AT_ONCE:
             self._log.wake()
         else:  # the log's thread is held up
@@ -1882,7 +1898,7 @@ class Metrics:
     def settle(self) -> None:
         """Count and log the requests that have ended."""
         with self._lock:
-            outcomes = [self._outcome(self._ended.popleft()) for _ in range(len(self._ended))]
+            outcomes = [self._outcome(*self._ended.popleft()) for _ in range(len(self._ended))]
             self._count_requests(outcomes)
             for outcome in outcomes:  # under the lock, so that `Log.flush` waits for them, and they keep their order
                 if outcome.ended.method:  # what could not be read has been logged as refused
@@ -1892,18 +1908,16 @@ class Metrics:
         name = "client_gone" if outcome.ended.status == 499 else "answered"
         self._log.event("DEBUG" if outcome.ended.backend == OWN else "INFO", "request", name, outcome=outcome)
 
-    def _outcome(self, ended: Ended) -> Outcome:
+    def _outcome(self, ended: Ended, tally: Tally | None, lines: str) -> Outcome:
         """What is to be said of a request; the memory service has perhaps shown itself in its answer's headers."""
-        told = {name.lower(): value.strip(" \t") for name, value in TOLD.findall(ended.lines)}
-        cost = stated_cost(told.pop("x-litellm-response-cost", ""))
+        told = {name.lower(): value.strip(" \t") for name, value in TOLD.findall(lines)}
+        cost = stated_cost(told.pop("x-litellm-response-cost", "0"))
         error = told.get("x-supermemory-error")
         if told:
             self._memory_failed = error is not None
             self._count("memory_errors_total", int(self._memory_failed))
-        usage = ended.tally.usage() if ended.tally else Usage(cost_usd=cost)
-        # Its line may wait for long: without what is large, such as the answer that the price is asked of.
-        slim = ended._replace(tally=None, lines="", path=ended.path[:MAX_LOGGED])
-        return Outcome(slim, self._shown(ended.user_id), self._shown(ended.model), usage, error)
+        usage = tally.usage() if tally else Usage(cost_usd=cost)
+        return Outcome(ended, self._shown(ended.user_id), self._shown(ended.model), usage, error)
 
     def _count_requests(self, outcomes: Sequence[Outcome]) -> None:
         alike = Counter((each.user_id, each.model, each.ended.backend, each.ended.status) for each in outcomes)
@@ -6053,13 +6067,11 @@ class Application:
             status or (tally.error_status if tally else None) or response.status,
             time.monotonic() - record.began,
             record.ttft,
-            tally,
-            record.lines,
             request.id,
             request.head.method,
-            request.head.path,
+            request.head.path[:MAX_LOGGED],
         )
-        self._metrics.end(ended)
+        self._metrics.end(ended, tally, record.lines)
 
     # The endpoints of our own.
 
