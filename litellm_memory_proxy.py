@@ -2149,6 +2149,7 @@ ANSWER_HEAD = re.compile(rf"HTTP/1\.([01]) ([1-9]\d\d)(?: ([\t\x20-\x7e\x80-\xff
 LENGTH_DIGITS = re.compile(rb"\r\ncontent-length:[\t ]*([0-9]{1,15})[\t ]*(?![^\r])", re.I)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BARE_LF = re.compile(rb"\n(?<!\r\n)")  # begins with a byte that can be searched for: 70 times faster
+EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 # RFC 9110 §7.6.1, with the two that older software still sends.
@@ -2512,8 +2513,8 @@ class Reader:
             ProxyError: 400 for bare line feeds and an unfinished head, 431 over `MAX_HEAD_BYTES`.
         """
         while True:
-            while self.buffer.startswith(b"\r\n"):  # RFC 9112 §2.2 lets empty lines stand before a request
-                self.buffer = self.buffer[2:]
+            if self.buffer.startswith(b"\r\n"):  # RFC 9112 §2.2 lets empty lines stand before a request
+                self.buffer = EMPTY_LINES.sub(b"", self.buffer, count=1)
             head, end, rest = self.buffer.partition(b"\r\n\r\n")
             if len(head) >= MAX_HEAD_BYTES:
                 raise ProxyError(431, f"the request head is over {MAX_HEAD_BYTES // 1024} KiB")

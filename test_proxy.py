@@ -1635,7 +1635,7 @@ def reader_of(*pieces: bytes) -> proxy.Reader:
 
 
 def test_a_reader_takes_heads_and_bodies_in_any_pieces() -> None:
-    data = b"\r\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n5;ext=1\r\nhello\r\n1\r\n!\r\n0\r\nTrailer: x\r\n\r\nGET"
+    data = b"\r\n\r\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n5;ext=1\r\nhello\r\n1\r\n!\r\n0\r\nTrailer: x\r\n\r\nGET"
     for size in (1, 2, 3, 7, 1000):
         reader = reader_of(*(data[i : i + size] for i in range(0, len(data), size)))
         assert reader.head() == b"GET / HTTP/1.1\r\nHost: localhost"
