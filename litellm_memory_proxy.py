@@ -2579,7 +2579,8 @@ class Reader:
             line = self.line().decode("latin-1")
             if not line:
                 return
-            parse_fields(f"\r\n{line}")
+            if not FIELD_LINES.fullmatch(f"\r\n{line}"):
+                raise ProxyError(400, "a trailer field of the body is malformed")
         raise ProxyError(431, f"the body has more than {MAX_HEADER_FIELDS} trailer fields")
 
 

@@ -3854,6 +3854,7 @@ def test_a_websocket_flows_both_ways_after_its_101() -> None:
         (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000, 502),
         (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", 502),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 502),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nBad : x\r\n\r\n", 502),
         (b"HTTP/1.1 204 No Content\r\n\r\n", 204),
         (b"HTTP/1.0 200 OK\r\n\r\nuntil the end", 200),
         (b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n" + OK, 200),
@@ -3869,7 +3870,8 @@ def test_whatever_the_server_answers_is_an_answer(answer: bytes, status: int) ->
         statuses = [int(found) for found in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
         assert statuses[-1] == status
         if status == 502:
-            assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+            said = json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+            assert "the LiteLLM server" in said and "the request" not in said
         if b"until" in answer:
             assert b"until the end" in received
 
