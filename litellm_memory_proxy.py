@@ -1632,9 +1632,14 @@ class LoggingHandler(logging.Handler):
 
 
 def take_in_logging(log: Log) -> None:
-    """Bring what libraries say by Python's logging and warnings into our log: it would stand beside it otherwise."""
+    """Bring what libraries say by Python's logging and warnings into our log: it would stand beside it otherwise.
+
+    So would the traceback of an exception that nobody can catch. A call of LiteLLM's that was cancelled as it began
+    brings one where the garbage collector comes upon it in the midst of making a named tuple: KeyError '__import__'.
+    """
     logging.getLogger().addHandler(LoggingHandler(log))
     logging.captureWarnings(True)
+    sys.unraisablehook = lambda it: log.event("DEBUG", "python", "ignored", message=f"{it.object!r}: {it.exc_value!r}")
 
 
 class Usage(NamedTuple):

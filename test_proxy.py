@@ -1353,6 +1353,18 @@ def test_a_log_line_cannot_be_forged(tmp_path: Path) -> None:
         assert text.count("\n") == 1 and "\r" not in text and "\x1b" not in text and "\u2028" not in text
 
 
+def test_an_exception_that_nobody_can_catch_is_a_line_in_the_log() -> None:
+    code = (
+        "import sys, litellm_memory_proxy as proxy\n"
+        "log = proxy.Log(sys.stdout, as_json=True, redact=proxy.Redactor(), level=10)\n"
+        "proxy.take_in_logging(log)\n"
+        "class Torn:\n    def __del__(self): raise ValueError('torn')\n"
+        "Torn()\nlog.flush()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert not done.stderr and "ValueError('torn')" in json.loads(done.stdout)["message"]
+
+
 def test_what_a_library_logs_wrongly_fails_no_call_of_its_own() -> None:
     log = proxy.Log(io.StringIO(), as_json=True, redact=proxy.Redactor())
     logger = logging.Logger("library")
