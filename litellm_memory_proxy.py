@@ -5034,7 +5034,9 @@ class Connection(Reader):
                 break
             except NOT_NOW:
                 self._wait(select.POLLIN)
-            except OSError:
+            except OSError as error:
+                if self._answered:  # of a body without a length, the end of the input would be its end
+                    raise ProxyError(502, f"the connection broke ({error})") from None
                 data = b""
                 break
         if not data and not self._answered and self.used_at and time.monotonic() - self._sent_at < STALE_SECONDS:

@@ -3909,6 +3909,23 @@ def test_an_answer_that_breaks_off_is_not_passed_off_as_whole() -> None:
                 running.client.get(path)
 
 
+def test_a_reset_is_not_the_end_of_an_answer() -> None:
+    begun = threading.Event()
+
+    def script(sock: socket.socket, _number: int) -> None:
+        read_head(sock)
+        sock.sendall(b"HTTP/1.1 200 OK\r\n\r\nhello")
+        assert begun.wait(10)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with in_front_of(script) as (running, _), running.client.stream("GET", "/x") as response:
+        pieces = response.iter_raw()
+        assert next(pieces) == b"hello"
+        begun.set()
+        with pytest.raises(httpx.RemoteProtocolError):
+            next(pieces)
+
+
 def test_while_the_server_is_down_clients_are_told_to_come_back() -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     running = Proxy({"model_list": [model("a", "openai/a", "http://h")]}, "--mode", "binary", "--litellm-url", nobody)
