@@ -5512,14 +5512,18 @@ class LitellmServer:
         environment = {**LITELLM_ENVIRONMENT, **self.config.environment}
         # Loopback only and behind this proxy: a missing or weak master key is acceptable there.
         environment["LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"] = "true"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", CHILD_PROGRAM, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # a Ctrl-C at the terminal is for us: requests in flight still need the server
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", CHILD_PROGRAM, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C at the terminal is for us: requests in flight still need the server
+            )
+        except OSError as error:  # no open file is left, no process, no memory; or the environment is too large
+            self._last_words.append(f"OSError: {error}")
+            return
         if self._stopping.is_set():  # `stop` came while it was being started, and may have seen none
             self._process.terminate()
         for watch in (self._await_ready, self._await_death):

@@ -4086,6 +4086,19 @@ def test_a_litellm_server_is_stopped_where_its_copy_of_the_config_cannot_be_remo
     server.stop()
 
 
+def test_a_litellm_server_that_the_system_does_not_start_is_tried_again(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9")]})
+    config = proxy.load_config(path)
+    environment = {**config.environment, "LARGE": "x" * 4_000_000}  # Linux takes 128 KiB each, macOS 1 MiB in all
+    server = proxy.LitellmServer(replace(config, environment=environment), free_port(), quiet_log())
+    server.start()
+    with pytest.raises(proxy.StartError, match="Argument list too long"):
+        server.wait(lambda: False)
+    server.config = config
+    wait_until(lambda: server._process)
+    server.stop()
+
+
 def test_a_litellm_server_that_dies_under_load_is_started_again(binary: Proxy, provider: Provider) -> None:
     with Load(binary, rate=20) as load:
         load.wait_for("binary")
