@@ -5284,13 +5284,14 @@ class BinaryBackend:
         """Wait for the server's word on ``Expect``; False where it answers for good (RFC 9110 §10.1.1)."""
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)
-        if not poll.poll(CONTINUE_SECONDS * 1000):
-            return True
-        connection.peek = connection.answer_head()
-        if connection.peek.status != 100:
-            return False
-        request.peer.interim(100, Headers.parse(connection.peek.lines))
-        connection.peek = None
+        while connection.buffer or poll.poll(CONTINUE_SECONDS * 1000):
+            answer = connection.answer_head()
+            if answer.status >= 200 or answer.status == 101:
+                connection.peek = answer
+                return False
+            request.peer.interim(answer.status, Headers.parse(answer.lines))
+            if answer.status == 100:
+                break
         return True
 
     @staticmethod

@@ -3767,6 +3767,19 @@ def test_expect_100_continue_is_passed_on_both_ways() -> None:
                     assert expected[1] in read_head(sock)
 
 
+def test_a_hint_before_the_100_does_not_keep_an_upload_waiting() -> None:
+    def script(sock: socket.socket, _number: int) -> None:
+        read_head(sock)
+        sock.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
+        assert sock.recv(100) == b"hello"
+        sock.sendall(OK)
+
+    head = b"POST /up HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nExpect: 100-continue\r\n"
+    with in_front_of(script) as (running, _):
+        received = running.raw(head + b"Content-Type: multipart/form-data\r\nContent-Length: 5\r\n\r\nhello")
+    assert re.findall(rb"HTTP/1\.1 (\d+) ", received) == [b"103", b"100", b"200"]
+
+
 def test_an_interim_response_does_not_end_an_upload() -> None:
     def script(sock: socket.socket, _number: int) -> None:
         head = read_head(sock)
