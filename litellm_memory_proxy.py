@@ -1661,7 +1661,8 @@ class Tally:
     """What a backend learns of an answer while it goes out.
 
     Args:
-        price: LiteLLM's cost in US dollars of a usage object, or None; asked where there is no ``known_cost``.
+        price: LiteLLM's cost in US dollars of a usage object, or None; asked where there is no ``known_cost``. What it
+            raises means None: the request is counted all the same, and those that have ended beside it.
         hidden: the client did not ask for the usage, and is not shown it.
         error_status: of the error that ended a stream whose head was out.
     """
@@ -1691,7 +1692,10 @@ class Tally:
         given = counted.get("prompt_tokens")
         tokens_in = given if given is not None else int(counted.get("input_tokens") or 0) + cached
         tokens_out = counted.get("completion_tokens", counted.get("output_tokens", 0))
-        cost = self.price(counted) if self.known_cost is None else self.known_cost
+        cost = self.known_cost
+        if cost is None:
+            with contextlib.suppress(Exception):  # LiteLLM's way of saying that it does not know the model
+                cost = self.price(counted)
         return Usage(int(tokens_in), int(tokens_out or 0), cost)
 
 
@@ -4171,21 +4175,18 @@ class SdkBackend:
         return True
 
     def _price(self, model: str, model_id: str | None, usage: Mapping[str, Any]) -> float | None:
-        """LiteLLM's price of a call to this deployment, or None where it has none for the model."""
+        """LiteLLM's price of a call to this deployment; raises what LiteLLM does where it has none for the model."""
         deployment = self.router.get_deployment(model_id or "")
         params = {} if deployment is None else deployment.litellm_params.model_dump(exclude_none=True)
         info = {} if deployment is None else deployment.model_info.model_dump(exclude_none=True)
         configured = str(params.get("model") or model)  # of a wildcard: the provider before, the client's name behind
         name = f"{configured.partition('/')[0]}/{model.rpartition('/')[2]}" if "*" in configured else configured
-        try:
-            cost = self._litellm.completion_cost(
-                {"model": name, "usage": dict(usage)},
-                model=name,
-                custom_pricing=any("cost_per" in key for key in {**params, **info}) or None,
-                router_model_id=model_id,
-            )
-        except Exception:  # LiteLLM's way of saying that it does not know the model
-            return None
+        cost = self._litellm.completion_cost(
+            {"model": name, "usage": dict(usage)},
+            model=name,
+            custom_pricing=any("cost_per" in key for key in {**params, **info}) or None,
+            router_model_id=model_id,
+        )
         return float(cost) if 0 <= cost < MAX_COST else None
 
     def _params(self, request: Request, endpoint: Endpoint, given: Mapping[str, str]) -> dict[str, Any]:

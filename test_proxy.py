@@ -1399,6 +1399,21 @@ def test_metrics_count_by_memory_and_bound_their_labels() -> None:
     assert metrics.snapshot()["requests_in_flight"] == 0
 
 
+def test_a_call_that_cannot_be_priced_is_counted_and_so_are_those_beside_it() -> None:
+    def price(_usage: Any) -> float:
+        raise KeyError("gpt")
+
+    metrics = proxy.Metrics(quiet_log())
+    tally = proxy.Tally(price)
+    tally.add({"prompt_tokens": 3, "completion_tokens": 2})
+    for priced in (None, tally, None):
+        metrics.begin()
+        metrics.end(ended(), priced)
+    figures = metrics.snapshot()
+    assert [row["value"] for row in figures["requests_total"]] == [3]
+    assert [row["value"] for row in figures["tokens_total"]] == [3, 2] and not figures.get("cost_usd_total")
+
+
 def test_metrics_are_valid_in_prometheus_format_whatever_their_labels() -> None:
     metrics = proxy.Metrics(quiet_log())
     odd = 'a"b\\c\nd\u00fc{}'
