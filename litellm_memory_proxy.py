@@ -2156,6 +2156,7 @@ FIELD_LINES = re.compile(rf"(?:\r\n{FIELD_NAME.pattern}:[\t\x20-\x7e\x80-\xff]*)
 FIELD = re.compile(r"\r\n([^:]+):([^\r]*)")  # of lines that `FIELD_LINES` has accepted
 ANSWER_HEAD = re.compile(rf"HTTP/1\.([01]) ([1-9]\d\d)(?: ([\t\x20-\x7e\x80-\xff]*))?({FIELD_LINES.pattern})")
 LENGTH_DIGITS = re.compile(rb"\r\ncontent-length:[\t ]*([0-9]{1,15})[\t ]*(?![^\r])", re.I)
+LENGTH = re.compile("[0-9]{1,15}")  # Python refuses to read a number of more than 4,300 digits
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 BARE_LF = re.compile(rb"\n(?<!\r\n)")  # begins with a byte that can be searched for: 70 times faster
 EMPTY_LINES = re.compile(rb"(?:\r\n)+")
@@ -2489,7 +2490,7 @@ def response_framing(method: str, status: int, headers: Headers) -> int:
         return UNTIL_CLOSE
     lengths = headers.named["content-length"]
     length = lengths[0]
-    if lengths.count(length) != len(lengths) or not (length.isascii() and length.isdigit()):
+    if lengths.count(length) != len(lengths) or not LENGTH.fullmatch(length):
         raise ProxyError(502, "the LiteLLM server's answer has a malformed Content-Length")
     return int(length)
 

@@ -3889,6 +3889,7 @@ def test_a_websocket_flows_both_ways_after_its_101() -> None:
         (b"HTTP/1.1 200 OK\r\nBad : x\r\n\r\n", 502),
         (b"garbage\r\n\r\n", 502),
         (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", 502),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", 502),
         (b"HTTP/1.1 200 OK\r\nContent-Le", 502),
         (b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", 502),
         (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000, 502),
