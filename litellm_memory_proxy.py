@@ -3440,17 +3440,28 @@ class Endpoint:
 async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """LiteLLM's chunks as OpenAI's events; each names the model as the client does."""
     changed: dict[str, Any] = {"model": model, **({"usage": None} if tally.hidden else {})}
-    silent = True
-    async for part in stream:  # a copy: LiteLLM prices the call by the chunks that it made
-        silent = silent and not any(map(says_something, part.choices))
-        usage = getattr(part, "usage", None)
-        tally.add(usage)
-        if usage is not None and tally.hidden and is_bare(part):
+    async for part in chat_chunks(stream, tally):  # a copy: LiteLLM prices the call by the chunks that it made
+        if tally.hidden and getattr(part, "usage", None) is not None and is_bare(part):
             continue
         yield sse_event(part.model_copy(update=changed).model_dump_json(exclude_none=True, exclude_unset=True))
-    if silent:
-        refuse_what_is_no_stream(EXCHANGE.get())
     yield SSE_DONE
+
+
+async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
+    """LiteLLM's chunks of a chat, their usage taken in.
+
+    Raises:
+        ProxyError: 502, something else came in place of a stream: LiteLLM makes an empty one of it.
+    """
+    silent = True
+    async for part in stream:
+        silent = silent and not any(map(says_something, part.choices))
+        tally.add(getattr(part, "usage", None))
+        yield part
+    exchange = EXCHANGE.get()
+    if silent and exchange and exchange.alive and not re.search("stream|ndjson", exchange.header("content-type")):
+        said = exchange.first[:MAX_MESSAGE].decode(errors="replace").strip()
+        raise ProxyError(502, f"{exchange.host} answered with no stream, but with {said}", blame=PROVIDER)
 
 
 async def text_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -3478,14 +3489,6 @@ def says_something(choice: Any) -> bool:
     """Whether a chunk's choice has a piece of the answer: text, a call, a thought."""
     delta = getattr(choice, "delta", None)
     return any(delta.model_dump(exclude={"role"}).values()) if delta else bool(getattr(choice, "text", None))
-
-
-def refuse_what_is_no_stream(exchange: Exchange | None) -> None:
-    """Raises ProxyError 502 where something else came in place of a stream: LiteLLM makes an empty one of it."""
-    kind = exchange.header("content-type") if exchange and exchange.alive else "text/event-stream"
-    if exchange and not ("stream" in kind or "ndjson" in kind):
-        said = exchange.first[:MAX_MESSAGE].decode(errors="replace").strip()
-        raise ProxyError(502, f"{exchange.host} answered with no stream, but with {said}", blame=PROVIDER)
 
 
 def is_bare(part: Any) -> bool:
@@ -3758,6 +3761,12 @@ def ollama_reply(model: str, message: dict[str, Any], done: str | None = None, t
     return json_line({**line, "done": done is not None, **(ended if done is not None else {})})
 
 
+def ollama_text(said: Any) -> dict[str, Any]:
+    """Text and thoughts of OpenAI's message, or of a piece of it, as part of a message of Ollama's."""
+    thinking = getattr(said, "reasoning_content", None)
+    return {"content": said.content or "", **({"thinking": thinking} if thinking else {})}
+
+
 def ollama_calls(calls: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """OpenAI's tool calls, each whole, as part of a message of Ollama's."""
     said = [{"function": {"name": call["name"], "arguments": json_object(call["arguments"])}} for call in calls]
@@ -3767,22 +3776,17 @@ def ollama_calls(calls: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 async def ollama_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """LiteLLM's chunks as Ollama's lines; a tool call is one line, once it is whole."""
     calls: dict[int, dict[str, str]] = {}
-    reason, silent = "stop", True
-    async for part in stream:
-        silent = silent and not any(map(says_something, part.choices))
-        tally.add(getattr(part, "usage", None))
+    reason = "stop"
+    async for part in chat_chunks(stream, tally):
         for choice in part.choices:
             reason = choice.finish_reason or reason
-            thinking = getattr(choice.delta, "reasoning_content", None)
-            if choice.delta.content or thinking:
-                message = {"content": choice.delta.content or "", **({"thinking": thinking} if thinking else {})}
+            message = ollama_text(choice.delta)
+            if message["content"] or "thinking" in message:
                 yield ollama_reply(model, message)
             for piece in choice.delta.tool_calls or ():
                 call = calls.setdefault(piece.index, {"name": "", "arguments": ""})
                 call["name"] += piece.function.name or ""
                 call["arguments"] += piece.function.arguments or ""
-    if silent:
-        refuse_what_is_no_stream(EXCHANGE.get())
     if calls:
         yield ollama_reply(model, ollama_calls(calls.values()))
     yield ollama_reply(model, {}, reason, tally)
@@ -3793,9 +3797,8 @@ def ollama_answer(result: Any, model: str) -> tuple[str, bytes]:
     choice = result.choices[0]
     tally = Tally()
     tally.add(result.usage)
-    thinking = getattr(choice.message, "reasoning_content", None)
-    message = {"content": choice.message.content or "", **({"thinking": thinking} if thinking else {})}
-    message |= ollama_calls(call.function.model_dump() for call in choice.message.tool_calls or ())
+    calls = ollama_calls(call.function.model_dump() for call in choice.message.tool_calls or ())
+    message = {**ollama_text(choice.message), **calls}
     return "application/json", ollama_reply(model, message, choice.finish_reason or "stop", tally)
 
 
@@ -3813,7 +3816,7 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
         "POST": Endpoint("count_tokens", {"messages": list}, write=count_answer, adds_headers=True)
     },
     "/responses": {"POST": Endpoint("aresponses", {"input": (str, list)}, response_frames)},
-    "/responses/{response_id}": {
+    "/responses/": {  # and a response's id
         "GET": Endpoint("aget_responses", {"response_id": str}, adds_headers=True),
         "DELETE": Endpoint("adelete_responses", {"response_id": str}, adds_headers=True),
     },
@@ -3845,14 +3848,12 @@ class Destination(NamedTuple):
 def find_destination(path: str) -> Destination | None:
     """The rows for a path of the model API; None where no row serves it."""
     deployment = DEPLOYMENT_PATH.fullmatch(path)
-    if deployment:
-        inner = find_destination(deployment[2])
-        return inner and Destination(inner.methods, {**inner.params, "model": unquote(deployment[1])})
+    given, path = ({"model": unquote(deployment[1])}, deployment[2]) if deployment else ({}, path)
     if path in ENDPOINTS:
-        return Destination(ENDPOINTS[path], {})
-    above, _, last = path.rpartition("/")
-    rows = ENDPOINTS.get(f"{above}/{{response_id}}") if last else None
-    return Destination(rows, {"response_id": unquote(last)}) if rows else None
+        return Destination(ENDPOINTS[path], given)
+    above, slash, last = path.rpartition("/")
+    rows = ENDPOINTS.get(above + slash)
+    return Destination(rows, {**given, "response_id": unquote(last)}) if rows else None
 
 
 OWN_EVENTS = 2  # the most that LiteLLM makes before it asks the provider: response.created and in_progress in 1.100

@@ -3241,6 +3241,7 @@ def test_azures_paths_name_the_model(sdk: Proxy, provider: Provider, prefix: str
     assert provider.last.path == "/v1/chat/completions"
     assert sdk.post(f"{prefix}/embeddings", {"input": "a"}).status_code == 200
     assert sdk.post(f"{prefix}/nothing", body).status_code == 404
+    assert sdk.post(f"{prefix * 2000}/chat/completions", body).status_code == 404
 
 
 @pytest.mark.parametrize("base", ["/openai", "/openai/v1"])
@@ -3366,6 +3367,9 @@ def test_ollamas_chat_is_served_whole_and_as_lines(sdk: Proxy, provider: Provide
     ]
     assert len(calls) == 1 and calls[0][0]["function"]["name"] == "get_weather"
     assert isinstance(calls[0][0]["function"]["arguments"], dict)
+    provider.script = lambda _got: Reply(parts=[openai_chunk({"reasoning_content": "hm"}, "stop")], headers=SSE)
+    thought = json.loads(sdk.post("/api/chat", body).text.splitlines()[0])
+    assert thought["message"] == {"role": "assistant", "content": "", "thinking": "hm"}
 
 
 def test_ollamas_messages_are_translated(sdk: Proxy, provider: Provider) -> None:
