@@ -528,10 +528,10 @@ class Config:
     """What config.yaml says, with the environment filled in.
 
     ``document`` is LiteLLM's part, ready for its Router; models whose keys are missing are not in its ``model_list``
-    but in ``missing_keys``: model name → the variables to set, in words. ``secrets`` are the values that no log or
-    error may show. ``environment`` is the process's with what ``.env`` and ``environment_variables`` add;
-    ``server_part`` is a text of all that LiteLLM reads, to tell whether it has changed; ``written`` is the document
-    with its includes and without the environment.
+    but in ``missing_keys``: model name → the variables to set, in words. ``secrets`` are the values, those of the
+    environment among them, that no log or error may show. ``environment`` is the process's with what ``.env`` and
+    ``environment_variables`` add; ``server_part`` is a text of all that LiteLLM reads, to tell whether it has changed;
+    ``written`` is the document with its includes and without the environment.
     """
 
     path: str
@@ -649,7 +649,7 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
         model_names=tuple(dict.fromkeys(name for name, _, _ in rows)),
         missing_keys=missing_keys,
         mappings=mappings,
-        secrets=frozenset(secret for secret in secrets_in(resolved) if len(secret) >= MIN_SECRET_LENGTH),
+        secrets=secrets_of([resolved, environment]),
         environment=environment,
         server_part=what_the_server_reads(resolved, environment),
         warnings=tuple(problem for problem in located if problem.warning),
@@ -1189,8 +1189,13 @@ def header_warnings(document: Mapping[str, Any], inject_header: str) -> Iterator
             yield Problem(f"model_list[{index}].litellm_params.extra_headers", message, warning=True)
 
 
+def secrets_of(value: Any) -> frozenset[str]:
+    """What must not be shown of a config or of an environment."""
+    return frozenset(secret for secret in secrets_in(value) if len(secret) >= MIN_SECRET_LENGTH)
+
+
 def secrets_in(value: Any, key: str = "") -> Iterator[str]:
-    """Every string of the config that stands under a key whose name says that it is secret."""
+    """Every string that stands under a key whose name says that it is secret."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from secrets_in(item, str(name))
@@ -6845,7 +6850,7 @@ class Program:
         old = self._sides
         settings = self._runtime.settings() if self._runtime else {}
         apply_environment(config, old.config)
-        self._secrets |= old.config.secrets | config.secrets | environment_secrets()
+        self._secrets |= old.config.secrets | config.secrets
         self._log.redact = Redactor(self._secrets)
         try:
             sdk = SdkBackend(config, self._runtime, old.sdk) if self._runtime else None
@@ -7005,11 +7010,6 @@ def free_port(wanted: int) -> int:
         except OSError:
             probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def environment_secrets() -> frozenset[str]:
-    """The values of environment variables whose names say that they are secret."""
-    return frozenset(v for k, v in os.environ.items() if SECRET_KEY.search(k) and len(v) >= MIN_SECRET_LENGTH)
 
 
 class PidFile:
@@ -8313,7 +8313,7 @@ def make_log(arguments: argparse.Namespace, config: Config) -> Log:
         raise StartError(f"LOG_LEVEL must be one of {', '.join(LEVELS)}, not {arguments.log_level!r}")
     level = getattr(logging, arguments.log_level)
     as_json = arguments.log_json or not sys.stderr.isatty()
-    redact = Redactor(config.secrets | environment_secrets())
+    redact = Redactor(config.secrets)
     return Log(own_stream(sys.stderr), as_json=as_json, redact=redact, level=level, file=arguments.log_file)
 
 
@@ -8384,10 +8384,10 @@ def check(arguments: argparse.Namespace) -> int:
     try:
         reading = read_config(arguments.config)
     except ConfigError as error:
-        return report(arguments.config, error.problems, [], Redactor(environment_secrets()))
+        return report(arguments.config, error.problems, [], Redactor(secrets_of(dict(os.environ))))
     config, problems = reading.config, every_problem(reading, arguments)
     tables = [*model_table(reading), *memory_table(config.mappings)]
-    redact = Redactor(config.secrets | environment_secrets())
+    redact = Redactor(config.secrets)
     found = f"{len(config.model_names)} models, {len(config.mappings.patterns)} patterns"
     return report(config.path, problems, tables, redact, found)
 
@@ -8451,7 +8451,8 @@ def config_if_any(path: str) -> Config:
     try:
         return load_config(path)
     except ConfigError:
-        return Config(path, {}, (), {}, Mappings(), frozenset(), dict(os.environ), "")
+        environment = dict(os.environ)
+        return Config(path, {}, (), {}, Mappings(), secrets_of(environment), environment, "")
 
 
 def load(arguments: argparse.Namespace) -> int:
@@ -8460,7 +8461,7 @@ def load(arguments: argparse.Namespace) -> int:
     url = f"http://127.0.0.1:{settle(arguments, config).port}" if arguments.url is None else arguments.url
     model = (arguments.model or ["demo"])[-1]
     target = load_target(url, config.master_key, model, streamed=arguments.stream)
-    redact = Redactor(config.secrets | environment_secrets())
+    redact = Redactor(config.secrets)
     run, seconds = run_load(target, arguments.num_requests, arguments.concurrency)
     for line in load_report(run, seconds):
         say(printable(redact(line))[:MAX_LOGGED])
@@ -8478,7 +8479,7 @@ def parity(arguments: argparse.Namespace) -> int:
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
             signal.signal(number, signal.default_int_handler)
     rows = compare_modes(config, arguments.model or ())
-    redact = Redactor(config.secrets | environment_secrets())
+    redact = Redactor(config.secrets)
     for line in aligned([("feature", "binary", "sdk", "verdict"), *rows]):
         say(printable(redact(line)))
     different = sum(row[-1].startswith(DIFFERENT) for row in rows)
@@ -8509,7 +8510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except StartError as error:
-        print(f"error: {Redactor(environment_secrets())(str(error))}", file=sys.stderr)
+        print(f"error: {Redactor(secrets_of(dict(os.environ)))(str(error))}", file=sys.stderr)
         return 2
 
 

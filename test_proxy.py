@@ -5636,12 +5636,13 @@ def test_load_refuses_numbers_that_make_no_sense(tmp_path: Path, option: str, nu
     assert result.returncode == 2 and option in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("source", ["config", "environment", "broken config"])
+@pytest.mark.parametrize("source", ["config", "environment", ".env", "broken config"])
 def test_load_shows_the_master_key_to_the_proxy_and_to_nobody_else(
     provider: Provider, tmp_path: Path, source: str
 ) -> None:
     key = "a-master-key-0123456789"
-    environment = {} if source == "config" else {"LITELLM_MASTER_KEY": key}
+    environment = {} if source in ("config", ".env") else {"LITELLM_MASTER_KEY": key}
+    (tmp_path / ".env").write_text(f"LITELLM_MASTER_KEY={key}" if source == ".env" else "")
     general = {"master_key": key} if source == "config" else {}
     document = "[" if source == "broken config" else yaml.safe_dump(config_for(provider, general_settings=general))
     (tmp_path / "config.yaml").write_text(document)
