@@ -7748,22 +7748,21 @@ def inside_config(document: Mapping[str, Any], url: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def both_modes(document: Mapping[str, Any], master_key: str) -> Iterator[Mapping[str, str]]:
-    """The two modes as processes with this config: mode → URL.
+def both_modes(document: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
+    """The two modes as processes with this config and this environment: mode → URL.
 
     The config is a copy: the files that a proxy keeps beside the user's own belong to the one that runs with it.
 
     Raises:
         StartError: one of them cannot start.
     """
-    addition = {name: f"{os.environ.get(name, '')},127.0.0.1" for name in ("NO_PROXY", "no_proxy")}
-    environment = {**os.environ, **addition, "LITELLM_MASTER_KEY": master_key}
+    direct = {name: f"{environment.get(name, '')},127.0.0.1" for name in ("NO_PROXY", "no_proxy")}
     with tempfile.TemporaryDirectory(prefix="parity-") as folder, contextlib.ExitStack() as running:
         config = Path(folder, "config.yaml")
         config.write_text(yaml.safe_dump(dict(document), sort_keys=False))
         modes = {}
         for mode in ("binary", "sdk"):
-            modes[mode] = ModeProcess(mode, config, environment)
+            modes[mode] = ModeProcess(mode, config, {**environment, **direct})
             running.callback(modes[mode].stop)
         patience = Patience()
         while [mode for mode in modes.values() if not mode.url()]:
@@ -7989,15 +7988,15 @@ def compare_modes(config: Config, models: Sequence[str]) -> list[tuple[str, ...]
         StartError: a mode cannot start, or a model is not in the config.
     """
     refuse_unknown(models, config)
-    document = values_of(read_nodes(config.path, []))
     key = config.master_key or f"sk-parity-{random.getrandbits(128):032x}"
+    environment = {**config.environment, "LITELLM_MASTER_KEY": key}
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "x-request-id": "parity"}
     mocked = {one["model_name"] for one in config.document["model_list"] if one["litellm_params"].get("mock_response")}
     rows = []
     received: list[Received] = []
     with loopback_server(InsideHandler, received) as url:
         features = list(real_features(models, mocked)) if models else FEATURES
-        with both_modes(document if models else inside_config(document, url), key) as urls:
+        with both_modes(config.written if models else inside_config(config.written, url), environment) as urls:
             patience = Patience()
             for number, feature in enumerate(features):
                 patience.say(f"{number} of {len(features)} features")

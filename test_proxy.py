@@ -5722,6 +5722,9 @@ def test_load_prints_lines_where_there_is_no_terminal(provider: Provider, tmp_pa
 # ── parity ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+DEMO = {"model": "openai/demo", "api_key": "os.environ/DEMO_KEY", "mock_response": "hi"}
+
+
 def run_parity(tmp_path: Path, *arguments: str, **sections: Any) -> subprocess.CompletedProcess[str]:
     """The command with the shipped config, and these sections in place of its own."""
     config = write_config(tmp_path, {**yaml.safe_load((HERE / "config.yaml").read_text()), **sections})
@@ -5731,7 +5734,8 @@ def run_parity(tmp_path: Path, *arguments: str, **sections: Any) -> subprocess.C
 
 @pytest.mark.parametrize(("arguments", "count"), [((), 47), (("--model", "demo"), 36)], ids=["inside", "demo"])
 def test_both_modes_answer_alike(tmp_path: Path, arguments: tuple[str, ...], count: int) -> None:
-    done = run_parity(tmp_path, *arguments)
+    (tmp_path / ".env").write_text(f"DEMO_KEY={PROVIDER_KEY}")
+    done = run_parity(tmp_path, *arguments, model_list=[{"model_name": "demo", "litellm_params": DEMO}])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == f"{count} features, 0 differences"
     assert not list(tmp_path.glob("*.pid")), "it is not the proxy that runs with this config"
