@@ -7084,7 +7084,7 @@ def set_use_sdk(path: str, value: bool) -> None:
     Raises:
         StartError: the file cannot be read or written, or the setting comes from a file that it includes.
     """
-    wanted = values_of(read_nodes(path, []))
+    wanted = dict(read_config(path).config.written)
     general = wanted.get("general_settings") or {}
     experimental = general.get("experimental") or {} if isinstance(general, dict) else None
     if not isinstance(experimental, dict):

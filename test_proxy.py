@@ -5357,6 +5357,7 @@ def test_the_switch_follows_a_link_to_a_config_with_includes(tmp_path: Path) -> 
         "general_settings: 5\n",
         "general_settings:\n  experimental: [1]\n",
         "include: [other.yaml]\n",
+        "include: [config.yaml]\n",
     ],
 )
 def test_a_config_that_cannot_be_changed_safely_is_left_alone(tmp_path: Path, text: str) -> None:
