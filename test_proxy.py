@@ -34,6 +34,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -466,6 +467,15 @@ class Proxy:
         return code
 
 
+def failed_start(config: dict[str, Any], *arguments: str, **environment: str) -> Proxy:
+    """A proxy that cannot start, and says in its last line why."""
+    running = Proxy(config, *arguments, wait=False, **environment)
+    assert running.process.wait(90) == 2
+    running.stop()
+    assert "error: " in running.lines[-1] and "\nTraceback" not in running.output, running.output
+    return running
+
+
 def chat_body(model: str = "gpt") -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "hello"}]}
 
@@ -688,27 +698,6 @@ def test_a_start_that_fails_says_so_once(tmp_path: Path, arguments: tuple[str, .
     result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr.count("error: ")) == (2, "", 1)
     assert result.stderr.startswith(said)
-
-
-def test_a_wrong_litellm_url_is_found_out_before_litellm_is_loaded(tmp_path: Path) -> None:
-    config = write_config(tmp_path, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9/v1")]})
-    command = [sys.executable, str(MODULE), "--port", "0", "--litellm-url", "gpu:4000", "--config", config]
-    result = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "error: --litellm-url must be http://HOST:PORT" in result.stderr and "loading" not in result.stderr
-
-
-@pytest.mark.parametrize("option", ["--port", "--sdk-port"])
-def test_a_port_that_is_taken_is_named_with_the_option_that_chooses_it(tmp_path: Path, option: str) -> None:
-    config = write_config(tmp_path, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9/v1")]})
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        ports = {"--port": "0", "--sdk-port": "0", option: str(taken.getsockname()[1])}
-        arguments = ["--mode", "both", "--litellm-url", "http://127.0.0.1:9", *chain(*ports.items())]
-        command = [sys.executable, str(MODULE), *arguments, "--config", config]
-        result = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
-    assert result.returncode == 2
-    assert f"error: cannot listen on 127.0.0.1:{ports[option]}: " in result.stderr
-    assert result.stderr.endswith(f"; another {option} may be free\n")
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2066,16 +2055,27 @@ def test_what_the_provider_says_in_headers_comes_back(
     assert "set-cookie" not in response.headers
 
 
-def test_each_chunk_leaves_as_soon_as_it_arrives(sdk: Proxy, provider: Provider) -> None:
-    for path, name in DIALECTS[:3:2]:
-        assert sdk.post(path, body_for(path, name, stream=True)).status_code == 200  # LiteLLM loads much at the first
-        parts = (openai_stream if name == "gpt" else anthropic_stream)(["one ", "two ", "three "])
-        provider.script = lambda got, parts=parts: Reply(parts=parts, headers=SSE, pause=0.3)
-        times = []
-        with sdk.client.stream("POST", path, json=body_for(path, name, stream=True)) as response:
-            for text in response.iter_text():
-                times += [time.monotonic()] * sum(word in text for word in ("one", "two", "three"))
-        assert len(times) == 3 and times[1] - times[0] > 0.15 and times[2] - times[1] > 0.15
+@pytest.mark.parametrize("mode", ["sdk", "forward"])
+@pytest.mark.parametrize(("path", "name"), DIALECTS[:3:2])
+def test_each_chunk_leaves_as_soon_as_it_arrives(
+    request: pytest.FixtureRequest, provider: Provider, path: str, name: str, mode: str
+) -> None:
+    """The second and the third word leave the provider only once the client has seen the one before."""
+    seen, words = threading.Semaphore(0), []
+
+    def held() -> Iterator[bytes]:
+        for part in (openai_stream if name == "gpt" else anthropic_stream)(["one ", "two ", "three "]):
+            assert not re.search(b"two|three", part) or seen.acquire(timeout=20)
+            yield part
+
+    provider.script = lambda _got: Reply(parts=held(), headers=SSE)  # type: ignore[arg-type]
+    body = body_for(path, name, stream=True)
+    with request.getfixturevalue(mode).client.stream("POST", path, json=body) as response:
+        for text in response.iter_text():
+            for word in re.findall("one|two|three", text):
+                words.append(word)
+                seen.release()
+    assert words == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(("path", "name"), DIALECTS)
@@ -2125,36 +2125,36 @@ def test_an_error_body_without_a_message_is_the_message(
     assert (response.status_code, response.json()["error"]["message"]) == (422, body.decode())
 
 
-BAD_BODIES = {
-    b"{": 400,
-    b"": 400,
-    b"[]": 400,
-    b"null": 400,
-    b'"text"': 400,
-    b"\xff\xfe": 400,
-    b"{}": 400,
-    b'{"model": ""}': 400,
-    b'{"model": 7}': 400,
-    b'{"model": "gpt"}': 400,
-    b'{"model": "gpt", "messages": "x"}': 400,
-    b'{"model": "gpt", "messages": ["x"], "max_tokens": 5}': 400,
-    b'{"model": "gpt", "messages": [], "max_tokens": 5, "stream": "yes"}': 400,
-    b'{"model": "unknown", "messages": [{"role": "user", "content": "x"}], "max_tokens": 5}': 400,
-    b'{"model": "gpt", "messages": [], "max_tokens": 5, "api_base": "http://evil"}': 400,
-    b'{"model": "gpt", "messages": [], "max_tokens": 5, "extra_headers": {"x-sm-user-id": "evil"}}': 400,
-    b'{"model": "gpt", "messages": [], "max_tokens": 5, "extra_body": {"api_key": "x"}}': 400,
-    b'{"model": "gpt", "messages": [], "max_tokens": 5, "metadata": "x"}': 400,
-    b'{"model": "gpt", "messages": [], "max_tokens": 5, "deployment_id": "x"}': 400,
-    b'{"model": "gpt", "messages": [], "max_tokens": 5, "fallbacks": [{"model": "x", "api_base": "y"}]}': 400,
-    b"[" * 100_000: 400,
-}
+BAD_BODIES = [
+    b"{",
+    b"",
+    b"[]",
+    b"null",
+    b'"text"',
+    b"\xff\xfe",
+    b"{}",
+    b'{"model": ""}',
+    b'{"model": 7}',
+    b'{"model": "gpt"}',
+    b'{"model": "gpt", "messages": "x"}',
+    b'{"model": "gpt", "messages": ["x"], "max_tokens": 5}',
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "stream": "yes"}',
+    b'{"model": "unknown", "messages": [{"role": "user", "content": "x"}], "max_tokens": 5}',
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "api_base": "http://evil"}',
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "extra_headers": {"x-sm-user-id": "evil"}}',
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "extra_body": {"api_key": "x"}}',
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "metadata": "x"}',
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "deployment_id": "x"}',
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "fallbacks": [{"model": "x", "api_base": "y"}]}',
+    b"[" * 100_000,
+]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 @pytest.mark.parametrize("body", BAD_BODIES, ids=lambda body: repr(body[:60]))
 def test_bad_bodies_get_a_clear_400_without_a_call(sdk: Proxy, provider: Provider, path: str, body: bytes) -> None:
     response = sdk.client.post(path, content=body)
-    assert response.status_code == BAD_BODIES[body], response.text
+    assert response.status_code == 400, response.text
     document = response.json()
     assert (document.get("type") == "error") == path.endswith("messages")
     assert document["error"]["type"] == "invalid_request_error" and document["error"]["message"]
@@ -2654,14 +2654,7 @@ def test_a_header_that_is_no_ascii_does_not_fail_the_call(sdk: Proxy, provider: 
 def test_a_config_that_litellm_refuses_is_one_clear_line(
     provider: Provider, sections: dict[str, Any], said: str
 ) -> None:
-    running = Proxy(config_for(provider, **sections), wait=False)
-    assert running.process.wait(60) == 2
-    running.stop()
-    assert (
-        running.lines[-1].startswith("error: ")
-        and said in running.lines[-1]
-        and "Traceback (most" not in running.output
-    )
+    assert said in failed_start(config_for(provider, **sections)).lines[-1]
 
 
 # The routes that LiteLLM takes, each to a path of its own at a host that demands its cookie there.
@@ -2980,14 +2973,7 @@ def test_the_users_http_proxy_is_used(shared_provider: Provider, provider: Provi
 
 @pytest.mark.parametrize("trust", ["SSL_CERT_FILE", "ssl_verify", "nothing"])
 def test_certificates_are_checked_as_the_user_says(tmp_path: Path, trust: str) -> None:
-    import ssl
-
-    own = Provider()
-    certificate = self_signed(tmp_path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    own.server.socket = context.wrap_socket(own.server.socket, server_side=True)
-    url = own.url.replace("http:", "https:")
+    url, certificate = tls_provider(tmp_path)
     models = [model("gpt", "openai/x", f"{url}/v1"), model("claude", "anthropic/claude-sonnet-4-5", url)]
     settings = {"litellm_settings": {"ssl_verify": False}} if trust == "ssl_verify" else {}
     environment = {"SSL_CERT_FILE": certificate} if trust == "SSL_CERT_FILE" else {}
@@ -2997,14 +2983,18 @@ def test_certificates_are_checked_as_the_user_says(tmp_path: Path, trust: str) -
     assert running.stop() == 0
 
 
-def self_signed(folder: Path) -> str:
-    """A certificate for 127.0.0.1 with its key, in one PEM file."""
+def tls_provider(folder: Path) -> tuple[str, str]:
+    """The URL of a provider that speaks TLS, and the file of its certificate, which nobody has signed but itself."""
+    own = Provider()
     path = folder / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
     names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", f"{path}.crt"]
     subprocess.run([*command, *names], check=True, capture_output=True)
     path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
-    return str(path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    own.server.socket = context.wrap_socket(own.server.socket, server_side=True)
+    return own.url.replace("http:", "https:"), str(path)
 
 
 def log_line(running: Proxy, request_id: str) -> dict[str, Any]:
@@ -3645,21 +3635,12 @@ def test_chunked_bodies_are_forwarded_as_chunked(forward: Proxy, provider: Provi
 
 
 def test_compressed_answers_come_back_as_they_are(forward: Proxy, provider: Provider) -> None:
-    import gzip
-
     packed = gzip.compress(b'{"a": 1}')
     provider.script = lambda _got: Reply(packed, headers={"content-encoding": "gzip"})
     answer = forward.raw(
         b"GET /x HTTP/1.1\r\nHost: localhost\r\nAccept-Encoding: gzip, br\r\nConnection: close\r\n\r\n"
     )
     assert answer.endswith(b"\r\n\r\n" + packed) and provider.last.header("accept-encoding") == "gzip, br"
-
-
-def test_streams_are_not_buffered(forward: Proxy, provider: Provider) -> None:
-    provider.script = lambda _got: Reply(parts=[b"one", b"two", b"three"], headers=SSE, pause=0.3)
-    with forward.client.stream("GET", "/stream") as response:
-        times = [time.monotonic() for _ in response.iter_raw()]
-    assert len(times) == 3 and times[1] - times[0] > 0.15
 
 
 class ScriptedServer:
@@ -5441,11 +5422,8 @@ def test_a_config_that_litellms_server_refuses_changes_nothing(shared_provider: 
 def test_a_litellm_server_that_cannot_start_is_one_clear_line(shared_provider: Provider) -> None:
     config = config_for(shared_provider)
     config["general_settings"]["custom_auth"] = "no_such_module.function"
-    running = Proxy(config, "--mode", "binary", "--litellm-port", str(free_port()), wait=False)
-    assert running.process.wait(90) == 2
-    wait_until(lambda: "error: the LiteLLM server does not start" in running.output)
-    assert "no_such_module" in running.lines[-1]
-    running.stop()
+    said = failed_start(config, "--mode", "binary", "--litellm-port", str(free_port())).lines[-1]
+    assert said.startswith("error: the LiteLLM server does not start") and "no_such_module" in said
 
 
 def test_cutover_reaches_a_proxy_that_is_still_starting(shared_provider: Provider) -> None:
@@ -5533,15 +5511,23 @@ def test_load_sends_chat_requests_over_kept_connections(provider: Provider, tmp_
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_load_times_the_first_token_apart_from_the_whole(provider: Provider, tmp_path: Path, stream: bool) -> None:
-    """Heads and events without text come at once, the text after 0.2 s, the end after 0.2 s more."""
+    """Heads and events without text come at once, the text after 0.2 s where it is a stream, the end 2 s later."""
     role = openai_chunk({"role": "assistant", "content": ""})
     body = usual_answer(Got("POST", CHAT, [], b'{"model": "m"}')).body
-    parts = [b": hello\n\n" + role, *openai_stream(["hi"])[:1], b"data: [DONE]\n\n"] if stream else [body[:1], body[1:]]
-    provider.script = lambda _got: Reply(parts=parts, headers=SSE, pause=0.2)
+
+    def parts() -> Iterator[bytes]:
+        if stream:
+            yield b": hello\n\n" + role
+            time.sleep(0.2)
+        yield openai_stream(["hi"])[0] if stream else body[:1]
+        time.sleep(2)
+        yield b"data: [DONE]\n\n" if stream else body[1:]
+
+    provider.script = lambda _got: Reply(parts=parts(), headers=SSE)  # type: ignore[arg-type]
     arguments = ("--url", provider.url, "--num-requests", "1", *(["--stream"] if stream else []))
     table = table_of(run_load(tmp_path, *arguments).stdout)
     whole, first = (float(table[row].split()[0]) for row in ("whole answer", "first token"))
-    assert (190 if stream else 0) < first < 350 and whole > first + 150
+    assert first > (190 if stream else 0) and whole > first + 500
 
 
 ERROR_EVENT = sse({"error": {"message": "overloaded", "type": "server_error", "code": 500}})
@@ -5669,13 +5655,7 @@ def test_load_gives_up_on_an_answer_that_takes_too_long(provider: Provider, tmp_
 
 @pytest.mark.parametrize("trusted", [True, False])
 def test_load_checks_certificates(tmp_path: Path, trusted: bool) -> None:
-    import ssl
-
-    own, certificate = Provider(), self_signed(tmp_path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    own.server.socket = context.wrap_socket(own.server.socket, server_side=True)
-    url = own.url.replace("http:", "https:")
+    url, certificate = tls_provider(tmp_path)
     environment = {"SSL_CERT_FILE": certificate} if trusted else {}
     result = run_load(tmp_path, "--url", url, "--num-requests", "4", "--concurrency", "2", "--stream", **environment)
     assert result.returncode == (0 if trusted else 1), result.stdout
@@ -5710,14 +5690,14 @@ def test_load_draws_a_bar_on_a_terminal_and_leaves_none_behind(provider: Provide
     assert (before, blank, after) == ("", " " * 59, "")
     assert len(bars) >= 4 and all(re.fullmatch(r"\[#*\.*\] \d of 8 requests", bar) and len(bar) == 59 for bar in bars)
     filled = [bar.count("#") for bar in bars]
-    assert filled == sorted(filled) and filled[-1] > filled[0] == 0
+    assert filled == sorted(filled) and filled[-1] > filled[0]
 
 
 def test_load_prints_lines_where_there_is_no_terminal(provider: Provider, tmp_path: Path) -> None:
     provider.script = lambda _got: Reply(b"{}", 500, hold=0.5)
     arguments = ("--url", provider.url, "--num-requests", "6", "--concurrency", "2")
     result = run_load(tmp_path, *arguments, altered="PROGRESS_SECONDS = 0.6")
-    assert re.fullmatch(r"2 of 6 requests, 2 failed\n4 of 6 requests, 4 failed\n", result.stderr), result.stderr
+    assert re.fullmatch(r"(\d of 6 requests(, \d failed)?\n)+", result.stderr), result.stderr
 
 
 # ── parity ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5859,10 +5839,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_requests_that_run(provider: Provi
 
 def test_a_litellm_server_that_is_not_installed_is_named_with_its_package(provider: Provider, tmp_path: Path) -> None:
     (tmp_path / "websockets.py").write_text("raise ModuleNotFoundError(\"No module named 'websockets'\")")
-    running = Proxy(config_for(provider), "--mode", "binary", wait=False, PYTHONPATH=str(tmp_path))
-    assert running.process.wait(60) == 2
-    last = r"error: the LiteLLM server does not start with this config: .*'websockets'.*litellm\[proxy]"
-    wait_until(lambda: re.search(last, running.output))
+    said = failed_start(config_for(provider), "--mode", "binary", PYTHONPATH=str(tmp_path)).lines[-1]
+    assert re.match(r"error: the LiteLLM server does not start with this config: .*'websockets'.*litellm\[proxy]", said)
 
 
 def test_both_fronts_share_one_config(shared_provider: Provider, provider: Provider) -> None:
@@ -5945,8 +5923,7 @@ def test_sigterm_lets_what_is_in_flight_end(shared_provider: Provider, provider:
         answer = pool.submit(running.chat, stream=stream)
         provider.wait_for()
         running.process.terminate()
-        time.sleep(0.3)
-        assert refuses_connections(running.port)
+        wait_until(lambda: refuses_connections(running.port))
         assert answer.result().status_code == 200
         assert ("[DONE]" if stream else "hello") in answer.result().text
     assert idle.recv(1) == b""
@@ -5979,10 +5956,8 @@ def test_sigterm_during_the_start_ends_it(shared_provider: Provider) -> None:
 def test_an_open_address_without_a_strong_key_is_refused(provider: Provider, key: str | None) -> None:
     general = {"forward_client_headers_to_llm_api": True, "master_key": key}
     arguments = ("--mode", "binary", "--litellm-url", provider.url, "--host", "0.0.0.0")
-    running = Proxy(config_for(provider, general_settings=general), *arguments, wait=False)
-    assert running.process.wait(20) == 2
-    running.stop()
-    assert running.lines[-1].startswith("error: --host") and (not key or key not in running.lines[-1])
+    said = failed_start(config_for(provider, general_settings=general), *arguments).lines[-1]
+    assert said.startswith("error: --host") and (not key or key not in said)
 
 
 def test_an_open_address_asks_for_the_key_but_for_health(provider: Provider) -> None:
@@ -6005,37 +5980,32 @@ def test_warnings_of_python_break_no_log_of_json_lines(provider: Provider) -> No
 
 
 def test_an_unusable_log_level_is_one_clear_line(shared_provider: Provider) -> None:
-    running = Proxy(config_for(shared_provider), wait=False, LOG_LEVEL="trace")
-    assert running.process.wait(20) == 2
-    running.stop()
-    assert running.lines[-1].startswith("error: LOG_LEVEL")
+    assert failed_start(config_for(shared_provider), LOG_LEVEL="trace").lines[-1].startswith("error: LOG_LEVEL")
 
 
 @pytest.mark.parametrize("flag", ["--allow-host=http://a", "--allow-host=a:80", "--allow-origin=chat.example"])
 def test_an_unusable_host_or_origin_is_one_clear_line(shared_provider: Provider, flag: str) -> None:
-    running = Proxy(config_for(shared_provider), flag, wait=False)
-    assert running.process.wait(20) == 2
-    running.stop()
-    assert "Traceback (most" not in running.output and flag.partition("=")[2] in running.lines[-1]
+    assert flag.partition("=")[2] in failed_start(config_for(shared_provider), flag).lines[-1]
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:4000", "http://127.0.0.1:99999", "http://[::1", "http://h:abc", "ftp://h"])
-def test_an_unusable_litellm_url_is_one_clear_line(shared_provider: Provider, url: str) -> None:
-    running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", url, wait=False)
-    assert running.process.wait(20) == 2
-    running.stop()
-    assert running.lines[-1].startswith("error: --litellm-url")
+def test_an_unusable_litellm_url_is_one_clear_line_at_once(shared_provider: Provider, url: str) -> None:
+    refused = failed_start(config_for(shared_provider), "--mode", "sdk", "--litellm-url", url)
+    assert refused.lines[-1].startswith("error: --litellm-url must be http://HOST:PORT")
+    assert "loading LiteLLM" not in refused.output
 
 
-@pytest.mark.parametrize("mode", ["sdk", "binary", "both"])
-def test_a_port_that_is_taken_is_one_clear_line_at_once(shared_provider: Provider, mode: str) -> None:
-    port = str(shared_provider.port)
-    arguments = ("--mode", mode, "--litellm-url", shared_provider.url, "--port", port)
-    running = Proxy(config_for(shared_provider), *arguments, wait=False)
-    assert running.process.wait(20) == 2
-    running.stop()
-    assert any(line.startswith("error: ") and port in line for line in running.lines)
-    assert "loading LiteLLM" not in running.output
+@pytest.mark.parametrize(
+    ("mode", "option"), [("sdk", "--port"), ("binary", "--port"), ("both", "--port"), ("both", "--sdk-port")]
+)
+def test_a_port_that_is_taken_is_one_clear_line_at_once(shared_provider: Provider, mode: str, option: str) -> None:
+    taken = str(shared_provider.port)
+    ports = chain(*{"--sdk-port": "0", option: taken}.items())
+    refused = failed_start(config_for(shared_provider), "--mode", mode, "--litellm-url", shared_provider.url, *ports)
+    assert re.fullmatch(
+        f"error: cannot listen on 127.0.0.1:{taken}: .*; another {option} may be free", refused.lines[-1]
+    )
+    assert "loading LiteLLM" not in refused.output
 
 
 @pytest.mark.parametrize(
@@ -6044,10 +6014,8 @@ def test_a_port_that_is_taken_is_one_clear_line_at_once(shared_provider: Provide
 )
 def test_one_port_for_two_is_one_clear_line(shared_provider: Provider, ports: tuple[str, ...]) -> None:
     port = str(free_port())
-    running = Proxy(config_for(shared_provider), *ports, port, "--port", port, wait=False)
-    assert running.process.wait(20) == 2
-    running.stop()
-    assert any(line.startswith("error: --port") and port in line for line in running.lines)
+    said = failed_start(config_for(shared_provider), *ports, port, "--port", port).lines[-1]
+    assert said.startswith("error: --port") and port in said
 
 
 def test_the_start_tells_what_to_do_next(sdk: Proxy) -> None:
