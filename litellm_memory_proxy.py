@@ -4186,8 +4186,7 @@ class SdkBackend:
         deployment = self.router.get_deployment(model_id or "")
         params = {} if deployment is None else deployment.litellm_params.model_dump(exclude_none=True)
         info = {} if deployment is None else deployment.model_info.model_dump(exclude_none=True)
-        configured = str(params.get("model") or model)  # of a wildcard: the provider before, the client's name behind
-        name = f"{configured.partition('/')[0]}/{model.rpartition('/')[2]}" if "*" in configured else configured
+        name = filled_in(deployment.model_name, params["model"], model) if deployment else model
         cost = self._litellm.completion_cost(
             {"model": name, "usage": dict(usage)},
             model=name,
@@ -4265,7 +4264,7 @@ class SdkBackend:
             await channel.put(sse_error(failure.redact(self._log.redact), dialect))
         finally:  # a stream that is left behind would keep its connection to the provider
             # Not the result: the tally outlives it, and may wait for long.
-            tally.price = partial(self._price, model, hidden_params(result).get("model_id"))
+            tally.price = partial(self._price, served_model(result, model), hidden_params(result).get("model_id"))
             opening.close()
             if hasattr(result, "aclose"):
                 await result.aclose()
@@ -4836,6 +4835,14 @@ def served_model(result: Any, model: str) -> str:
     extra = hidden_params(result).get("additional_headers") or {}
     fell_back = extra.get("x-litellm-attempted-fallbacks")
     return str(extra.get("x-litellm-model-group") or model) if fell_back else model
+
+
+def filled_in(wildcard: str, target: str, model: str) -> str:
+    """What a deployment calls for this model: what the stars of its name stand for is in the place of its target's."""
+    found = re.fullmatch("(.*)".join(map(re.escape, wildcard.split("*"))), model)
+    for part in found.groups() if found else ():
+        target = target.replace("*", part, 1)
+    return target
 
 
 def whole_answer(result: Any, model: str) -> tuple[str, bytes]:

@@ -3019,6 +3019,17 @@ def test_the_log_says_what_a_request_took(sdk: Proxy, provider: Provider, path: 
     assert (said["level"], said["component"], said["user_id"]) == ("INFO", "request", "default-dev")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_wildcards_models_have_their_price(provider: Provider, stream: bool) -> None:
+    targets = {"groq/*": "groq/*", "any-*": "groq/*", "my/*": "openai/*", "claude-*": "openai/gpt-4*"}
+    models = (model(name, target, f"{provider.url}/v1") for name, target in targets.items())
+    running = Proxy(config_for_models(*models))
+    for name in ("groq/openai/gpt-oss-120b", "any-openai/gpt-oss-120b", "my/gpt-4o", "claude-o"):
+        said = log_line(running, running.chat(name, stream=stream).headers["x-request-id"])
+        assert said["cost_usd"] > 0, name
+    assert running.stop() == 0
+
+
 def test_a_streamed_text_completion_without_a_usage_has_none(sdk: Proxy, provider: Provider) -> None:
     provider.script = lambda _got: Reply(parts=[openai_chunk({"content": "hi"}), openai_chunk({}, "stop")], headers=SSE)
     response = sdk.post("/v1/completions", {"model": "gpt", "prompt": "hello", "stream": True})
