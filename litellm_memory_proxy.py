@@ -4415,15 +4415,15 @@ def anthropic_model(name: str) -> dict[str, Any]:
 
 
 def page_of_models(rows: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
-    """Anthropic's page of a list: at most ``limit`` rows, those behind ``after_id`` or before ``before_id``."""
+    """Anthropic's page of a list: at most ``limit`` rows, right behind ``after_id`` or right before ``before_id``."""
     ids = [row["id"] for row in rows]
     begin = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
     end = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
     limit = int(query["limit"]) if re.fullmatch(r"[1-9][0-9]{0,3}", query.get("limit", "")) else len(ids)
-    page = list(rows[begin:end][:limit])
-    more = begin + len(page) < end
+    backwards = query.get("before_id") in ids
+    page = rows[begin:end][-limit:] if backwards else rows[begin:end][:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-    return {"data": page, "has_more": more, "first_id": first, "last_id": last}
+    return {"data": page, "has_more": len(page) < end - begin, "first_id": first, "last_id": last}
 
 
 def ollama_model(name: str) -> dict[str, Any]:

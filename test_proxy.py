@@ -3331,6 +3331,9 @@ def test_models_have_the_shape_of_the_clients_api(sdk: Proxy) -> None:
     assert page["data"][0] == {"type": "model", "id": names[0], "display_name": names[0], "created_at": created}
     rest = sdk.client.get(f"/v1/models?limit=1000&after_id={names[1]}", headers=version).json()
     assert [row["id"] for row in rest["data"]] == names[2:] and not rest["has_more"]
+    for last, more in ((4, True), (2, False)):
+        back = sdk.client.get(f"/v1/models?limit=2&before_id={names[last]}", headers=version).json()
+        assert ([row["id"] for row in back["data"]], back["has_more"]) == (names[last - 2 : last], more)
     assert len(sdk.client.get("/v1/models", headers=version).json()["data"]) == len(names)
     assert sdk.client.get("/v1/models/gpt", headers=version).json()["type"] == "model"
 
