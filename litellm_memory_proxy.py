@@ -930,10 +930,9 @@ def missing_of_credentials(
 
     What a deployment says itself wins over its credential.
     """
-    credentials = document.get("credential_list")
     named = {
-        str(entry.get("credential_name")): f"credential_list[{index}].credential_values."
-        for index, entry in enumerate(credentials if isinstance(credentials, list) else ())
+        str(entry.get("credential_name")): f"{where}.credential_values."
+        for where, entry in items_at(document, "credential_list")
         if isinstance(entry, dict)
     }
     lacking: list[tuple[str, str]] = []
@@ -952,12 +951,11 @@ def check_models(
     document: dict[str, Any], missing: list[tuple[str, str]], problems: list[Problem]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The deployments that can be called, and for each model name without any the variables that it lacks."""
-    entries = document.get("model_list")
-    if not isinstance(entries, list) or not entries:
+    entries = items_at(document, "model_list")
+    if not entries:
         problems.append(Problem("model_list", "must be a list with at least one model"))
-        return [], {}
-    for index, entry in enumerate(entries):
-        problems.extend(model_problems(entry, f"model_list[{index}]"))
+    for where, entry in entries:
+        problems.extend(model_problems(entry, where))
     lacking = [(entry, unset_below(where, missing)) for where, entry in sound_models(document)]
     usable = [entry for entry, names in lacking if not names]
     served = {entry["model_name"] for entry in usable}
@@ -970,9 +968,7 @@ def check_models(
 
 def sound_models(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Key path and entry of each deployment that has a name and a model."""
-    entries = document.get("model_list")
-    rows = ((f"model_list[{index}]", entry) for index, entry in enumerate(entries if isinstance(entries, list) else ()))
-    return [(where, entry) for where, entry in rows if not model_problems(entry, where)]
+    return [(where, entry) for where, entry in items_at(document, "model_list") if not model_problems(entry, where)]
 
 
 def unset_below(where: str, missing: Iterable[tuple[str, str]]) -> list[str]:
@@ -1010,7 +1006,7 @@ def model_problems(entry: Any, where: str) -> list[Problem]:
     checks = (
         (f"{where}.model_name", entry.get("model_name"), str, "must be a non-empty string"),
         (f"{where}.litellm_params", params, dict, "must be a mapping"),
-        (f"{where}.litellm_params.model", (params or {}).get("model") if isinstance(params, dict) else "-", str,
+        (f"{where}.litellm_params.model", params.get("model") if isinstance(params, dict) else "-", str,
          'must name the model, such as "anthropic/claude-sonnet-4-5"'),
     )  # fmt: skip
     return [Problem(path, message) for path, value, kind, message in checks if not (isinstance(value, kind) and value)]
@@ -1146,6 +1142,12 @@ def value_at(document: Any, where: str) -> Any:
     return document
 
 
+def items_at(document: Any, where: str) -> list[tuple[str, Any]]:
+    """Key path and value of each item of a list; [] where there is none."""
+    found = value_at(document, where)
+    return [(f"{where}[{index}]", item) for index, item in enumerate(found if isinstance(found, list) else ())]
+
+
 def unknown_settings(document: Mapping[str, Any]) -> Iterator[Problem]:
     """A warning for each key of this program's corner of LiteLLM's sections that it does not know."""
     corner = "general_settings.experimental"
@@ -1181,12 +1183,11 @@ def header_warnings(document: Mapping[str, Any], inject_header: str) -> Iterator
     elif not inject_header.startswith("x-"):
         message = f"{inject_header!r} does not start with x-: LiteLLM's server drops it in binary mode"
         yield Problem("user_id_mappings.inject_header", message, warning=True)
-    models = document.get("model_list")
-    for index, model in enumerate(models if isinstance(models, list) else ()):
+    for where, model in items_at(document, "model_list"):
         fixed = value_at(model, "litellm_params.extra_headers")
         if isinstance(fixed, dict) and any(str(name).lower() == inject_header for name in fixed):
             message = f"sets {inject_header} itself, so that all clients of this model share one memory"
-            yield Problem(f"model_list[{index}].litellm_params.extra_headers", message, warning=True)
+            yield Problem(f"{where}.litellm_params.extra_headers", message, warning=True)
 
 
 def secrets_of(value: Any) -> frozenset[str]:
@@ -3027,12 +3028,8 @@ class Session:
                 pass  # the first start
             except (OSError, ValueError) as error:  # LoadError is an OSError
                 self._jar.clear()
-                log.event(
-                    "WARNING",
-                    "session",
-                    "cookie_file",
-                    message=f"{cookie_file} is unreadable, the jar is empty: {error}",
-                )
+                message = f"{cookie_file} is unreadable, the jar is empty: {error}"
+                log.event("WARNING", "session", "cookie_file", message=message)
         self._saved = self._jar.as_lwp_str(ignore_discard=True)
 
     @property
@@ -3159,9 +3156,8 @@ class Session:
         now = self._jar.as_lwp_str(ignore_discard=True)
         if now != self._saved:
             self._saved = now
-            self._log.event(
-                "DEBUG", "session", "cookies", names=[f"{cookie.name}@{cookie.domain}" for cookie in self._jar]
-            )
+            names = [f"{cookie.name}@{cookie.domain}" for cookie in self._jar]
+            self._log.event("DEBUG", "session", "cookies", names=names)
             self._save()
 
     def _save(self) -> None:
@@ -8135,12 +8131,11 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
         StartError: a value of the environment or the config is unusable.
     """
     experimental = config.experimental
-    use_sdk = config.environment.get("USE_SDK_PROXY") or experimental.get("use_sdk_proxy")
-    flags = {"true": True, "false": False, "none": None, "": None}
-    if str(use_sdk).lower() not in flags:
+    use_sdk = str(config.environment.get("USE_SDK_PROXY") or experimental.get("use_sdk_proxy"))
+    modes = {"true": "sdk", "false": "binary", "none": "sdk"}  # None: nobody says
+    if use_sdk.lower() not in modes:
         raise StartError(f"USE_SDK_PROXY / use_sdk_proxy must be true or false, not {use_sdk!r}")
-    chosen = flags[str(use_sdk).lower()]
-    mode = arguments.mode or {True: "sdk", False: "binary", None: "sdk"}[chosen]
+    mode = arguments.mode or modes[use_sdk.lower()]
     fallback = experimental.get("sdk_proxy_port" if mode == "sdk" else "binary_proxy_port")
 
     def port(given: int | None, *others: Any) -> int:
