@@ -3441,28 +3441,12 @@ class Endpoint:
 async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """LiteLLM's chunks as OpenAI's events; each names the model as the client does."""
     changed: dict[str, Any] = {"model": model, **({"usage": None} if tally.hidden else {})}
-    async for part in chat_chunks(stream, tally):  # a copy: LiteLLM prices the call by the chunks that it made
+    async for part in chat_chunks(stream, tally):
         if tally.hidden and getattr(part, "usage", None) is not None and is_bare(part):
             continue
+        # A copy: LiteLLM prices the call by the chunks that it made.
         yield sse_event(part.model_copy(update=changed).model_dump_json(exclude_none=True, exclude_unset=True))
     yield SSE_DONE
-
-
-async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
-    """LiteLLM's chunks of a chat, their usage taken in.
-
-    Raises:
-        ProxyError: 502, something else came in place of a stream: LiteLLM makes an empty one of it.
-    """
-    silent = True
-    async for part in stream:
-        silent = silent and not any(map(says_something, part.choices))
-        tally.add(getattr(part, "usage", None))
-        yield part
-    exchange = EXCHANGE.get()
-    if silent and exchange and exchange.alive and not re.search("stream|ndjson", exchange.header("content-type")):
-        said = exchange.first[:MAX_MESSAGE].decode(errors="replace").strip()
-        raise ProxyError(502, f"{exchange.host} answered with no stream, but with {said}", blame=PROVIDER)
 
 
 async def text_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -3484,6 +3468,23 @@ async def text_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[by
 
     async for data in chat_frames(mended(), model, tally):
         yield data
+
+
+async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
+    """LiteLLM's chunks of a chat, their usage taken in.
+
+    Raises:
+        ProxyError: 502, something else came in place of a stream: LiteLLM makes an empty one of it.
+    """
+    silent = True
+    async for part in stream:
+        silent = silent and not any(map(says_something, part.choices))
+        tally.add(getattr(part, "usage", None))
+        yield part
+    exchange = EXCHANGE.get()
+    if silent and exchange and exchange.alive and not re.search("stream|ndjson", exchange.header("content-type")):
+        said = exchange.first[:MAX_MESSAGE].decode(errors="replace").strip()
+        raise ProxyError(502, f"{exchange.host} answered with no stream, but with {said}", blame=PROVIDER)
 
 
 def says_something(choice: Any) -> bool:
@@ -4130,10 +4131,7 @@ class SdkBackend:
         if self._litellm.cache is not None:  # a cached answer has been written with a memory: it is that memory's own
             params["cache"] = {**(params.get("cache") or {}), "namespace": route.user_id}
         headers = upstream_headers(request, route, self._config.mappings)
-
-        async def produce(channel: Channel) -> Response | None:
-            return await self._produce(channel, endpoint, params, headers, dialect_of(request.path), tally)
-
+        produce = partial(self._produce, endpoint, params, headers, dialect_of(request.path), tally)
         call = self._bridge.call(produce, request.peer)
         try:
             response: Response = call.first()
@@ -4222,19 +4220,18 @@ class SdkBackend:
 
     async def _produce(
         self,
-        channel: Channel,
         endpoint: Endpoint,
         params: dict[str, Any],
         headers: dict[str, str],
         dialect: str,
         tally: Tally,
+        channel: Channel,
     ) -> Response | None:
         """Call LiteLLM; returns a whole answer, and puts a streamed one into the channel: its head, then its events."""
-        exchange = Exchange()
+        exchange = Exchange(betas=headers.get("anthropic-beta", ""))
         EXCHANGE.set(exchange)
         self._runtime.uncounted.set(not self._counting)
         model = params.get("model", "")
-        exchange.betas = headers.get("anthropic-beta", "")
         result: Any = None
         opening = Opening(channel, exchange, NDJSON_HEADERS if dialect == OLLAMA else SSE_HEADERS)
         try:
