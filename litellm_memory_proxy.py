@@ -8093,18 +8093,20 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 
 def positive_number(text: str) -> int:
     """An argparse type: a whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
+    return number_in(range(1, sys.maxsize), text, "whole number from 1")
 
 
 def port_number(text: str) -> int:
     """An argparse type: 0 to 65535; 0 lets the system choose."""
-    number = int(text)
-    if not 0 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no port (0 to 65535)")
-    return number
+    return number_in(range(65536), text, "port (0 to 65535)")
+
+
+def number_in(allowed: range, text: str, kind: str) -> int:
+    """The number that is written there; raises argparse.ArgumentTypeError where it is none of these."""
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) in allowed:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no {kind}")
 
 
 def host_option(text: str) -> str:
@@ -8141,8 +8143,8 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
         text = next(str(other) for other in others if other)
         try:
             return port_number(text)
-        except (ValueError, argparse.ArgumentTypeError):
-            raise StartError(f"{text!r} is no port (0 to 65535)") from None
+        except argparse.ArgumentTypeError as error:
+            raise StartError(str(error)) from None
 
     settings = Settings(
         mode=mode,

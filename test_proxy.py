@@ -673,7 +673,7 @@ def test_a_script_that_is_called_stays_with_its_caller(tmp_path: Path, caller: t
     script = script_copy(tmp_path)
     command = [sys.executable, *(word.replace("{}", str(script)) for word in caller), "--port", "x"]
     result = subprocess.run(command, input="q\n", capture_output=True, text=True, env=clean_environment())
-    assert "--port: invalid" in result.stderr and not (script.parent / "__pycache__").exists()
+    assert "--port: 'x' is no port" in result.stderr and not (script.parent / "__pycache__").exists()
     assert "pdb" not in caller or "exited via sys.exit(). Exit status: 2" in result.stdout
 
 
@@ -698,6 +698,18 @@ def test_a_start_that_fails_says_so_once(tmp_path: Path, arguments: tuple[str, .
     result = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr.count("error: ")) == (2, "", 1)
     assert result.stderr.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"), [("--port", "port (0 to 65535)"), ("--max-connections", "whole number from 1")]
+)
+@pytest.mark.parametrize("text", ["-1", "x", "1.5", "9" * 5000])
+def test_an_option_that_is_no_number_says_what_it_wants(
+    capsys: pytest.CaptureFixture[str], option: str, kind: str, text: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        proxy.main(["check", f"{option}={text}"])
+    assert f"argument {option}: {text!r} is no {kind}\n" in capsys.readouterr().err
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
