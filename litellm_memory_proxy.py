@@ -662,6 +662,9 @@ def unset_variables(missing: list[tuple[str, str]]) -> tuple[list[Problem], list
     """A problem for each variable that is not set, and apart from them those of the models."""
     apart: tuple[list[Problem], list[Problem]] = ([], [])
     for where, name in missing:
+        if not name:
+            apart[0].append(Problem(where, "os.environ/ must be followed by the name of a variable"))
+            continue
         # Without its key the proxy would stand open, which is not what a config that names one asks for.
         harmless = where != "general_settings.master_key"
         problem = Problem(where, f"{name} is not set in the environment", warning=harmless)
@@ -908,7 +911,7 @@ def included_files(path: str) -> list[str]:
 def resolve(value: Any, where: str, environment: Mapping[str, str], missing: list[tuple[str, str]]) -> Any:
     """A copy of the value with every ``os.environ/NAME`` replaced, at any depth.
 
-    Names that are not set become None and are added to ``missing`` as (key path, NAME).
+    Names that are not set become None and are added to ``missing`` as (key path, NAME), a name that is not there as "".
     """
     if isinstance(value, dict):
         return {key: resolve(item, f"{where}.{key}".lstrip("."), environment, missing) for key, item in value.items()}
@@ -973,7 +976,7 @@ def sound_models(document: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]
 
 def unset_below(where: str, missing: Iterable[tuple[str, str]]) -> list[str]:
     """The variables that are missing below a key path, each once."""
-    return list(dict.fromkeys(name for path, name in missing if path.startswith(f"{where}.")))
+    return list(dict.fromkeys(name for path, name in missing if name and path.startswith(f"{where}.")))
 
 
 def deployments(document: Mapping[str, Any], missing: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:

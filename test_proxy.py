@@ -842,6 +842,18 @@ def test_an_unusable_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
 
 
+def test_a_reference_to_a_variable_without_its_name_is_an_error_with_its_place(tmp_path: Path) -> None:
+    text = """
+model_list: [{model_name: a, litellm_params: {model: openai/a, api_key: os.environ/, api_base: os.environ/UNSET}}]
+general_settings: {master_key: os.environ/}
+"""
+    code, said = run_check(write_config(tmp_path, text))
+    assert code == 1 and "key missing: set UNSET\n" in said
+    for line, place in ((2, "model_list[0].litellm_params.api_key"), (3, "general_settings.master_key")):
+        rule = "os.environ/ must be followed by the name of a variable"
+        assert f"error: config.yaml:{line}: {place}: {rule}\n" in said
+
+
 def test_the_env_file_beside_the_config_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beside, elsewhere = tmp_path / "beside", tmp_path / "elsewhere"
     for folder in (beside, elsewhere):
