@@ -7031,6 +7031,7 @@ class PidFile:
         try:
             file = self._path.open("ab", buffering=0)  # else what a full disk does not take is tried again at its close
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = file  # ours from here on, to be removed at the end whatever the disk takes of it
             self._status.unlink(missing_ok=True)  # of one that was killed
             file.truncate(0)
             file.write(b"%d\n" % os.getpid())
@@ -7038,8 +7039,6 @@ class PidFile:
             taken = isinstance(error, BlockingIOError)
             message = "another proxy runs with this config" if taken else f"{self._path}: {error.strerror}"
             self._log.event("WARNING", "program", "pid_file", message=f"{message}: rollback does not reach this one")
-            return self
-        self._file = file
         return self
 
     def publish(self, problems: Sequence[str], serving: Mapping[str, str]) -> None:
@@ -7056,7 +7055,8 @@ class PidFile:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             for path in (self._status, self._path):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it is gone, or the disk is read-only by now
+                    path.unlink()
             self._file.close()
 
 

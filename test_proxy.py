@@ -5023,9 +5023,19 @@ def reload(running: Proxy, change: Callable[[dict[str, Any]], Any] | str, event:
 
 def test_a_pid_file_that_the_disk_does_not_take_is_no_reason_not_to_start(tmp_path: Path) -> None:
     script = script_copy(tmp_path)
-    (script.parent / "config.yaml.pid").symlink_to("/dev/full")
+    pid_file = script.parent / "config.yaml.pid"
+    pid_file.symlink_to("/dev/full")
     with front_from(script):
         pass
+    assert not pid_file.is_symlink(), "it is removed as any other"
+
+
+def test_a_pid_file_that_cannot_be_removed_is_no_reason_to_end_with_a_traceback(tmp_path: Path) -> None:
+    script = script_copy(tmp_path)
+    pid_file = script.parent / "config.yaml.pid"
+    with front_from(script):
+        pid_file.unlink()
+        pid_file.mkdir()
 
 
 def test_a_secret_of_a_new_config_is_in_no_metric(provider: Provider) -> None:
