@@ -900,12 +900,14 @@ def locate(problems: Iterable[Problem], root: yaml.MappingNode) -> list[Problem]
     return [located(problem) for problem in problems]
 
 
-def included_files(path: str) -> list[str]:
-    """The files that a config includes, directly; [] where it cannot be read."""
-    try:
-        return [str(Path(path).parent / str(name)) for name in read_file(path, [])[1]]
-    except (ConfigError, RecursionError):
-        return []
+def files_of(path: str) -> list[str]:
+    """A config and the files that it includes, and that these include; one that cannot be read includes none."""
+    files = [path]
+    for file in files:  # it grows as they are read
+        with contextlib.suppress(ConfigError, RecursionError):
+            included = (str(Path(file).parent / str(name)) for name in read_file(file, [])[1])
+            files.extend(dict.fromkeys(name for name in included if name not in files))
+    return files
 
 
 def resolve(value: Any, where: str, environment: Mapping[str, str], missing: list[tuple[str, str]]) -> Any:
@@ -8236,17 +8238,16 @@ class Watch:
     """Tells when a config has changed and lies still again: editors write in several steps."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
-        self._own: FileState | None = None
-        self._included: list[str] = []
+        self._path, self._files = path, [path]
+        self._states: list[FileState | None] = []
         self._seen = self._taken = self._look()
 
     def _look(self) -> list[FileState | None]:
-        """What the file system says of the config, its ``.env`` and its ``include`` files."""
-        own = file_state(self._path)
-        if own != self._own:  # only then does it include others: to read 1,000 models takes 0.2 s
-            self._own, self._included = own, included_files(self._path)
-        return [own, file_state(str(dotenv_path(self._path))), *map(file_state, self._included)]
+        """What the file system says of the config, its ``include`` files and its ``.env``."""
+        while (states := [*map(file_state, self._files)]) != self._states:
+            # Only then may others be included: to read 1,000 models takes 0.2 s.
+            self._states, self._files = states, files_of(self._path)
+        return [*states, file_state(str(dotenv_path(self._path)))]
 
     def changed(self) -> bool:
         """Whether there is something new since the last time that this was so."""

@@ -5315,8 +5315,11 @@ def test_watch_reads_a_config_again_only_where_it_has_changed(tmp_path: Path) ->
     for path, said in (
         (tmp_path / "more.yaml", "{}"),
         (Path(config), "include: [other.yaml]"),
-        (tmp_path / "other.yaml", "{}"),
+        (tmp_path / "other.yaml", "include: [folder/third.yaml, other.yaml]"),
+        (tmp_path / "folder" / "third.yaml", "{}"),
+        (tmp_path / "folder" / "third.yaml", "a: 1"),
     ):
+        path.parent.mkdir(exist_ok=True)
         path.write_text(said)
         assert [watch.changed() for _ in range(3)] == [False, True, False], "it has changed, and then lies still"
 
