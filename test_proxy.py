@@ -689,6 +689,23 @@ def test_ctrl_c_during_the_start_ends_it_without_a_traceback(tmp_path: Path, mod
     assert (result.returncode, result.stdout, result.stderr) == (status, "", "")
 
 
+def test_a_sighup_during_the_start_ends_nothing_and_has_the_config_read_again(tmp_path: Path) -> None:
+    script = script_copy(tmp_path)
+    text = "import os, signal, sys; '-c' in sys.orig_argv and os.kill(os.getpid(), signal.SIGHUP)"  # once started over
+    (tmp_path / "sitecustomize.py").write_text(text)
+    with front_from(script, PYTHONPATH=str(tmp_path)):
+        wait_until(lambda: proxy.published_status(str(script.parent / "config.yaml"))["loads"] == 2)
+
+
+@pytest.mark.parametrize("command", ["check", "load", "parity"])
+def test_a_sighup_ends_a_command_that_reads_no_config_again(tmp_path: Path, command: str) -> None:
+    (tmp_path / "dotenv.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGHUP)")
+    config = write_config(tmp_path, {"model_list": []})
+    line = [sys.executable, str(MODULE), command, "--config", config]
+    result = subprocess.run(line, capture_output=True, text=True, env=clean_environment(PYTHONPATH=str(tmp_path)))
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGHUP, "", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(("--port", "x"), "usage: litellm_memory_proxy.py [-h]"), (("--config", "none.yaml"), "error: none.yaml: ")],
