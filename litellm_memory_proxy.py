@@ -6760,6 +6760,9 @@ class Program:
         if self._stopped():
             return
         for url, side in self._serving().items():
+            while not select.select((), (sys.stdout,), (), ACCEPT_SECONDS)[1]:  # a full pipe must not keep us at a stop
+                if self._stopped():
+                    return
             say(f"ready: {side} {url}")
         self._publish([], self._serving())
 

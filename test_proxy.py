@@ -729,6 +729,34 @@ def test_an_option_that_is_no_number_says_what_it_wants(
     assert f"argument {option}: {text!r} is no {kind}\n" in capsys.readouterr().err
 
 
+def test_a_pipe_that_is_full_before_the_start_does_not_keep_the_proxy_from_ending(tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9/v1")]})
+    port = str(proxy.free_port(0))
+    arguments = ["--mode", "binary", "--litellm-url", "http://127.0.0.1:9", "--port", port, "--config", config]
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    process = subprocess.Popen([sys.executable, str(MODULE), *arguments], stdout=writer, env=clean_environment())
+
+    def serves() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return bool(httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).content)
+        return False
+
+    try:
+        wait_until(serves)
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+        os.close(writer)
+
+
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
