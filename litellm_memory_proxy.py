@@ -7788,6 +7788,19 @@ def both_modes(document: Mapping[str, Any], environment: Mapping[str, str]) -> I
             process.process.terminate()
 
 
+# One mode's program: this module, and a watch over the pipe that the comparison holds and never writes to, so that the
+# read returns when the comparison is gone, however it went.
+MODE_PROGRAM = """\
+import os, runpy, signal, sys, threading
+def watch():
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=watch, daemon=True).start()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 class ModeProcess:
     """One mode as a process of its own; its output goes to files beside its config."""
 
@@ -7796,8 +7809,8 @@ class ModeProcess:
         ports = ["--port", "0", "--litellm-port", str(free_port(0))]
         with self._output.open("wb") as output, self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, "--mode", mode, "--config", str(config), *ports],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-c", MODE_PROGRAM, __file__, "--mode", mode, "--config", str(config), *ports],
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=log,
                 env=environment,
@@ -7816,7 +7829,7 @@ class ModeProcess:
         """End it, and what it started."""
         self.process.terminate()
         try:
-            self.process.wait(DRAIN_SECONDS + CHILD_STOP_SECONDS)
+            self.process.communicate(timeout=DRAIN_SECONDS + CHILD_STOP_SECONDS)  # closes the pipe too
         except subprocess.TimeoutExpired:
             self.process.kill()
 
