@@ -8368,7 +8368,8 @@ def move_traffic(arguments: argparse.Namespace, use_sdk: bool) -> int:
         say(f"{url}: {side} serves")
     moved = next(iter(now["serving"].values()), "") == wanted
     if not (moved or now["problems"]):
-        say(f"error: the proxy (pid {pid}) has no such second side: start it with --mode both")
+        later = f"without --mode, {wanted} alone serves from the next start on"
+        say(f"error: the proxy (pid {pid}) has no such second side: start it with --mode both; {later}")
     return 0 if moved and not now["problems"] else 1
 
 

@@ -5306,6 +5306,7 @@ def test_rollback_tells_where_there_is_nothing_to_move(shared_provider: Provider
     running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", shared_provider.url)
     done = command(running, "cutover")
     assert done.returncode == 1 and "--mode both" in done.stdout and f"{running.url}: binary serves" in done.stdout
+    assert done.stdout.endswith("; without --mode, sdk alone serves from the next start on\n")
     running.process.kill()
     running.process.wait()
     assert Path(f"{running.config}.pid").exists()
