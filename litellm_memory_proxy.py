@@ -8165,8 +8165,8 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
         text = next(str(other) for other in others if other)
         try:
             return port_number(text)
-        except argparse.ArgumentTypeError as error:
-            raise StartError(str(error)) from None
+        except argparse.ArgumentTypeError as error:  # the config's own ports have been checked
+            raise StartError(f"PROXY_PORT: {error}") from None
 
     settings = Settings(
         mode=mode,

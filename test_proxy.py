@@ -729,6 +729,22 @@ def test_an_option_that_is_no_number_says_what_it_wants(
     assert f"argument {option}: {text!r} is no {kind}\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("PROXY_PORT", "x", "PROXY_PORT: 'x' is no port (0 to 65535)"),
+        ("USE_SDK_PROXY", "x", "USE_SDK_PROXY / use_sdk_proxy must be true or false, not 'x'"),
+        ("LOG_LEVEL", "x", "LOG_LEVEL must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not 'X'"),
+    ],
+)
+def test_a_variable_with_a_wrong_value_is_named(tmp_path: Path, name: str, value: str, said: str) -> None:
+    config = write_config(tmp_path, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9/v1")]})
+    environment = clean_environment(**{name: value})
+    command = [sys.executable, str(MODULE), "--mode", "binary", "--config", config]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {said}\n")
+
+
 def test_a_pipe_that_is_full_before_the_start_does_not_keep_the_proxy_from_ending(tmp_path: Path) -> None:
     config = write_config(tmp_path, {"model_list": [model("gpt", "openai/gpt", "http://127.0.0.1:9/v1")]})
     port = str(proxy.free_port(0))
