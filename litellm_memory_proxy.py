@@ -1168,7 +1168,7 @@ def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None
     """LiteLLM's sections must at least be mappings; what is in them is LiteLLM's business."""
     sections = ("litellm_settings", "router_settings", "general_settings", "environment_variables")
     for name in sections:
-        if not isinstance(document.get(name) or {}, dict):
+        if not isinstance(document.get(name), dict | None):
             problems.append(Problem(name, "must be a mapping"))
     problems.extend(unknown_settings(document))
     for where, (kind, test, rule) in SETTINGS.items():

@@ -883,6 +883,7 @@ def test_every_problem_is_reported_at_once_with_its_key_path(tmp_path: Path) -> 
         "user_id_mappings.default_user_id",
         "user_id_mappings.inject_header",
         "user_id_mappings.injekt",
+        "litellm_settings",
         "router_settings.num_retries",
         "router_settings.timeout",
         "general_settings.experimental.use_sdk_proxy",
