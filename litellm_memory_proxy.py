@@ -4056,7 +4056,8 @@ class SdkBackend:
         taken = set(made.get_model_names())
         for name in self._config.model_names:
             if name not in taken and name not in self.missing_keys:
-                self._log.event("WARNING", "config", "model_list", message=f"LiteLLM cannot use the model {name!r}")
+                message = f"LiteLLM cannot use the model {name!r}; --log-level debug shows why"
+                self._log.event("WARNING", "config", "model_list", message=message)
         for path, rows in ENDPOINTS.items():
             for endpoint in rows.values():
                 if not (hasattr(made, endpoint.function) or hasattr(self, endpoint.function)):

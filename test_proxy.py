@@ -2743,6 +2743,15 @@ def test_a_config_that_litellm_refuses_is_one_clear_line(
     assert said in failed_start(config_for(provider, **sections)).lines[-1]
 
 
+def test_a_model_that_litellm_cannot_use_is_named_and_the_debug_log_shows_why(shared_provider: Provider) -> None:
+    strange = model("strange", "no-such-provider/m", shared_provider.url)
+    running = Proxy(config_for(shared_provider, strange), "--mode", "sdk", "--log-level", "debug")
+    assert running.chat().status_code == 200
+    assert running.stop() == 0
+    assert "LiteLLM cannot use the model 'strange'; --log-level debug shows why" in running.output
+    assert re.search("Error creating deployment.*no-such-provider/m", running.output)
+
+
 # The routes that LiteLLM takes, each to a path of its own at a host that demands its cookie there.
 COOKIE_ROUTES: dict[str, tuple[str, str, str]] = {  # name: (path at the proxy, LiteLLM model, end of api_base)
     "chat-openai": (CHAT, "openai/gpt-4o-mini", "/v1"),
