@@ -148,6 +148,7 @@ from itertools import accumulate, chain, groupby
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from queue import SimpleQueue
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 from weakref import WeakSet
@@ -382,6 +383,12 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def forget_frames(error: BaseException) -> None:
+    """Take an exception and its causes apart: by their frames they hold each other, and all of the call, in circles."""
+    for cause in list(causes(error)):
+        cause.__traceback__ = cause.__cause__ = cause.__context__ = None
 
 
 def provider_error(body: bytes) -> dict[str, Any]:
@@ -2812,6 +2819,7 @@ class Channel:
         while not self._over:
             self._take()
             self._catch_up()
+        self._error = None  # its traceback leads here: a circle
 
 
 class ClientWatch:
@@ -2915,6 +2923,8 @@ class Bridge:
             last = await produce(channel)
         except asyncio.CancelledError:
             error = ClientGone() if watch.gone else ProxyError(503, "the proxy is stopping")
+        except ProxyError as failure:
+            error = failure.with_traceback(None)  # which leads to all that the call had: a circle
         except Exception as failure:
             error = failure
         finally:
@@ -2992,6 +3002,7 @@ class Exchange:
         """Close the connection of an answer that was not read to its end: LiteLLM leaves some of them open."""
         if self.stream is not None:
             await self.stream.aclose()
+        self.stream = self.fault = None  # both lead back here: circles
 
     @property
     def failed(self) -> bool:
@@ -3109,16 +3120,17 @@ class Session:
                 request.headers["cookie"] = cookie
             response = await self._sent(request, attempt, exchange)
             exchange.answered(response)
-            response.stream = self._watched(response, exchange)
             response.request = request
             self._keep_cookies(response)
             if not is_challenge(response):
-                return response
+                break
             sent, cookie = cookie, self._cookie_for(request.url)
             if last or own or cookie == sent or not isinstance(request.stream, httpx.ByteStream):
+                exchange.challenged = True
+                response = httpx.Response(400, json={"error": {"message": "Cloudflare challenge"}}, request=request)
                 break
-        exchange.challenged = True
-        return httpx.Response(400, json={"error": {"message": "Cloudflare challenge"}}, request=request)
+        response.stream = self._watched(response, exchange)
+        return response
 
     @staticmethod
     async def _sent(
@@ -3220,9 +3232,10 @@ def watched_body() -> Callable[[Any, Exchange], Any]:
     class WatchedAnswer(httpx.AsyncByteStream, httpx.SyncByteStream):
         def __init__(self, response: httpx.Response, exchange: Exchange) -> None:
             self._response, self._stream, self._exchange = response, cast(Any, response.stream), exchange
+            if isinstance(self._stream, httpx.AsyncByteStream):
+                exchange.stream = self
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
-            self._exchange.stream = self._stream
             with self._faults():
                 async for data in self._stream:
                     self._exchange.hear(data)
@@ -4258,8 +4271,10 @@ class SdkBackend:
             opening.end()
         except Exception as error:
             failure = self._failure(error, exchange, model)
+            if not self._counting:  # else a callback may look at it yet
+                forget_frames(error)
             if not opening.over:
-                raise failure from error
+                raise failure from None
             tally.error_status = failure.status
             await channel.put(sse_error(failure.redact(self._log.redact), dialect))
         finally:  # a stream that is left behind would keep its connection to the provider
@@ -4269,6 +4284,7 @@ class SdkBackend:
             if hasattr(result, "aclose"):
                 await result.aclose()
             await exchange.close()
+            empty_class(type(result))
         return None
 
     async def _call(
@@ -4828,6 +4844,17 @@ def hidden_params(result: Any) -> dict[str, Any]:
     """What LiteLLM notes of a result beside it."""
     hidden = result.get("_hidden_params") if isinstance(result, dict) else getattr(result, "_hidden_params", None)
     return hidden or {}
+
+
+def empty_class(made: type) -> None:
+    """Take the functions out of a class that LiteLLM's Router has made for one stream, which is over.
+
+    A class is a circle. By what its functions refer to it holds the stream's chunks and its conversation: megabytes,
+    which would lie about until the garbage collector comes by.
+    """
+    if made.__module__ == "litellm.router" and "<locals>" in made.__qualname__:
+        for name in [name for name, member in vars(made).items() if isinstance(member, FunctionType)]:
+            delattr(made, name)
 
 
 def served_model(result: Any, model: str) -> str:

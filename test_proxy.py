@@ -2422,6 +2422,55 @@ def test_a_long_conversation_goes_with_its_answer(
     assert sizes[1] - sizes[0] < 15_000_000
 
 
+CIRCLES = """\
+import gc, signal
+gc.disable()
+signal.signal(signal.SIGUSR1, lambda *_: print("in circles:", gc.collect(), flush=True))
+"""
+CUT_STREAM = Reply(parts=openai_stream(["hel", "lo"])[:2], headers=SSE, cut=True)
+ENDS = [  # of a call: its path and model, and what the provider does
+    *((path, name, usual_answer) for path, name in [*DIALECTS, (RESPONSES, "gpt"), (RESPONSES, "claude")]),
+    *((path, name, lambda _got: Reply(b'{"error": {"message": "no"}}', 400)) for path, name in DIALECTS),
+    (CHAT, "gpt", lambda _got: CUT_STREAM),
+    (CHAT, "gpt", lambda _got: Reply(b"<html></html>", 503, {"content-type": "text/html"})),
+    (CHAT, "refused", usual_answer),
+    (CHAT, "unknown", usual_answer),
+]
+
+
+def test_little_of_a_call_waits_for_the_garbage_collector(provider: Provider, tmp_path: Path) -> None:
+    """The collector counts objects; a stream's chunks, and the conversation of a call that failed, are megabytes."""
+    (tmp_path / "sitecustomize.py").write_text(CIRCLES)
+    refused = model("refused", "openai/gpt-4o-mini", f"http://127.0.0.1:{free_port()}/v1")
+    running = Proxy(config_for(provider, refused), PYTHONPATH=str(tmp_path))
+    for path, name, script in ENDS:
+        provider.script = script
+        running.post(path, body_for(path, name, stream=True))  # what comes with the first call is not counted
+        objects_in_circles(running)
+        statuses = [running.post(path, body_for(path, name, stream=True)).status_code for _ in range(5)]
+        assert objects_in_circles(running) < 5 * 50, (path, name, statuses)
+    provider.script = lambda _got: Reply(parts=openai_stream(["hel", "lo"]), headers=SSE, pause=5)
+    for _ in range(5):
+        with running.client.stream("POST", CHAT, json=body_for(CHAT, "gpt", stream=True)) as response:
+            next(response.iter_raw())
+    assert all(got.gone.wait(10) for got in provider.got[-5:])
+    wait_until(lambda: samples_of(running)["memory_proxy_requests_in_flight"] == 1)
+    assert objects_in_circles(running) < 5 * 50, "clients that left"
+    assert running.stop() == 0
+
+
+def objects_in_circles(running: Proxy) -> int:
+    """How many objects the collector finds that nothing but themselves refers to."""
+
+    def told() -> list[str]:
+        return re.findall("in circles: (.*)", running.output)
+
+    before = len(told())
+    running.process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: len(told()) > before)
+    return int(told()[-1])
+
+
 def resident_bytes(running: Proxy) -> int:
     status = Path(f"/proc/{running.process.pid}/status").read_text()
     found = re.search(r"VmRSS:\s+(\d+) kB", status)
