@@ -7063,6 +7063,7 @@ class PidFile:
 
     def __init__(self, config_path: str, log: Log) -> None:
         self._path, self._status, self._log = Path(f"{config_path}.pid"), Path(f"{config_path}.status"), log
+        self._part = Path(f"{self._status}.part")
         self._file: Any = None
         self._loads = 0
 
@@ -7086,14 +7087,13 @@ class PidFile:
         if self._file is None:
             return
         status = {"pid": os.getpid(), "loads": self._loads, "problems": list(problems), "serving": dict(serving)}
-        part = Path(f"{self._status}.part")
         with contextlib.suppress(OSError):
-            part.write_text(json.dumps(status))
-            part.replace(self._status)
+            self._part.write_text(json.dumps(status))
+            self._part.replace(self._status)
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            for path in (self._status, self._path):
+            for path in (self._part, self._status, self._path):
                 with contextlib.suppress(OSError):  # it is gone, or the disk is read-only by now
                     path.unlink()
             self._file.close()
