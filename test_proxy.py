@@ -1874,7 +1874,7 @@ def test_what_a_full_socket_does_not_take_comes_in_order(bridge: proxy.Bridge) -
 
 
 def test_a_stream_with_much_to_say_lets_the_others_have_their_turn(bridge: proxy.Bridge) -> None:
-    ended = False
+    enough, ended = threading.Event(), False
 
     class Taker(NoPeer):
         def write_now(self, data: bytes) -> None:
@@ -1884,7 +1884,9 @@ def test_a_stream_with_much_to_say_lets_the_others_have_their_turn(bridge: proxy
         nonlocal ended
         await channel.put(b"x")
         await asyncio.sleep(0.1)
-        for _ in range(500):
+        for _ in range(10_000):
+            if enough.is_set():
+                return
             time.sleep(0.002)
             await channel.put(b"x")
         ended = True
@@ -1898,6 +1900,7 @@ def test_a_stream_with_much_to_say_lets_the_others_have_their_turn(bridge: proxy
     time.sleep(0.2)
     assert next(bridge.call(little, Taker())) == b"x"
     assert not ended
+    enough.set()
     reader.join()
 
 
@@ -2501,22 +2504,25 @@ def test_litellm_counts_calls_only_where_something_depends_on_it(shared_provider
     running = Proxy(config_for(shared_provider), "--mode", "sdk", "--log-level", "debug")
     mark, costs = "LiteLLM-Async Success Call", set()
 
-    def counts() -> bool:
+    def check_counts(wanted: bool) -> None:
         before = running.output.count(mark)
         costs.add(log_line(running, running.chat().headers["x-request-id"])["cost_usd"])
-        time.sleep(0.5)  # for what comes after the answer, or must not come
-        return running.output.count(mark) > before
+        if wanted:
+            wait_until(lambda: running.output.count(mark) > before)
+        else:
+            time.sleep(0.5)  # for what comes after the answer
+            assert running.output.count(mark) == before
 
     def limit(document: dict[str, Any]) -> None:
         document["model_list"][0]["litellm_params"]["rpm"] = 1
         document["router_settings"] = {"optional_pre_call_checks": ["enforce_model_rate_limits"]}
 
     plain = running.config.read_text()
-    assert not counts()
+    check_counts(False)
 
     twin = model("gpt", "openai/gpt-4o-mini", f"{provider.url}/twin/v1")
     reload(running, lambda document: document["model_list"].append(twin))
-    assert counts()
+    check_counts(True)
     provider.script = lambda got: Reply(b"{}", 401) if "twin" in got.path else usual_answer(got)
     provider.got.clear()
     wait_until(lambda: running.chat().status_code == 200 and any("twin" in got.path for got in provider.got))
@@ -2525,10 +2531,12 @@ def test_litellm_counts_calls_only_where_something_depends_on_it(shared_provider
 
     running.config.write_text(plain)
     reload(running, limit)
-    assert counts() and running.chat().status_code == 429
+    check_counts(True)
+    assert running.chat().status_code == 429
 
     reload(running, plain)
-    assert not counts() and len(costs) == 1 and all(cost > 0 for cost in costs)
+    check_counts(False)
+    assert len(costs) == 1 and all(cost > 0 for cost in costs)
     assert running.stop() == 0
 
 
