@@ -3735,6 +3735,8 @@ def ollama_params(request: Request) -> dict[str, Any]:
         "tools": body.get("tools") or None,
         **({name: given.get(option) for option, name in OLLAMA_OPTIONS.items()} if isinstance(given, dict) else {}),
     }
+    if params.get("max_tokens") in (-1, -2):  # Ollama's words for no limit
+        params["max_tokens"] = None
     if isinstance(schema, dict):
         params["response_format"] = {"type": "json_schema", "json_schema": {"name": "format", "schema": schema}}
     elif schema == "json":

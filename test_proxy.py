@@ -3508,6 +3508,8 @@ def test_ollamas_chat_is_served_whole_and_as_lines(sdk: Proxy, provider: Provide
     assert whole["message"] == {"role": "assistant", "content": "hello"} and whole["done"] is True
     assert (whole["done_reason"], whole["prompt_eval_count"], whole["eval_count"]) == ("stop", 3, 2)
     assert (provider.last.body["max_tokens"], provider.last.body["temperature"]) == (7, 0.5)
+    assert sdk.post("/api/chat", {**body, "stream": False, "options": {"num_predict": -1}}).status_code == 200
+    assert "max_tokens" not in provider.last.body
     streamed = sdk.post("/api/chat", body, headers={"user-agent": "claude-cli/2"})
     assert streamed.headers["content-type"] == "application/x-ndjson"
     lines = [json.loads(line) for line in streamed.text.splitlines()]
