@@ -7188,7 +7188,7 @@ LOAD_PATH = "/v1/chat/completions"
 LOAD_PROMPT = "Answer with one word: hello."  # a real model is paid by the token
 LOAD_URL = re.compile(r"(?i)https?://[\x21-\x7e]+")
 LOOK_SECONDS = 0.1  # between two looks at a run: ten steps a second look like movement
-PROGRESS_SECONDS = 5.0  # between two progress lines where standard error is no terminal
+PROGRESS_SECONDS = 5.0  # between two lines that say how far something is
 
 # What breaks an exchange → its name in the table, by the nearest base class that is here.
 FAILURE_KINDS: Mapping[type[BaseException], str] = {
@@ -7426,28 +7426,23 @@ class LoadRun:
                 self.good.append(outcome)
 
 
-class Progress:
-    """Says on standard error how far a run is: a bar on a terminal, elsewhere a line every `PROGRESS_SECONDS`."""
+class Patience:
+    """Says on standard error that time goes by, not too often."""
 
-    def __init__(self, run: LoadRun) -> None:
-        self._run, self._terminal = run, sys.stderr.isatty()
-        self._due = time.monotonic() + PROGRESS_SECONDS
+    def __init__(self) -> None:
+        self._began = self._said = time.monotonic()
 
-    def show(self) -> None:
-        """Draw the bar anew, or print a line if one is due."""
-        if self._terminal:
-            self._write(f"\r{progress_bar(self._run, terminal_width())}")
-        elif time.monotonic() >= self._due:
-            self._due += PROGRESS_SECONDS
-            self._write(f"{progress_text(self._run)}\n")
+    def say(self, what: str) -> None:
+        """Print this, unless something was printed a moment ago."""
+        now = time.monotonic()
+        if now - self._said >= PROGRESS_SECONDS:
+            self._said = now
+            print(f"{what}: {now - self._began:.0f} s", file=sys.stderr, flush=True)
 
-    def clear(self) -> None:
-        """Leave an empty line on a terminal."""
-        if self._terminal:
-            self._write(f"\r{'':{terminal_width()}}\r")
 
-    def _write(self, text: str) -> None:
-        print(text, end="", file=sys.stderr, flush=True)
+def draw(bar: str) -> None:
+    """Put this in the place of the terminal's last line."""
+    print(f"\r{bar}", end="", file=sys.stderr, flush=True)
 
 
 def terminal_width() -> int:
@@ -7474,19 +7469,19 @@ def run_load(target: Target, requests: int, threads: int) -> tuple[LoadRun, floa
 
     Ctrl-C ends it early, with what there is by then. Raises StartError.
     """
-    run = LoadRun(requests)
-    progress = Progress(run)
+    run, terminal, patience = LoadRun(requests), sys.stderr.isatty(), Patience()
     began = time.monotonic()
     try:
         for worker in run.start(target, threads):
             worker.join(LOOK_SECONDS)
             while worker.is_alive():
-                progress.show()
+                draw(progress_bar(run, terminal_width())) if terminal else patience.say(progress_text(run))
                 worker.join(LOOK_SECONDS)
     except KeyboardInterrupt:
         run.stopped = True
     seconds = time.monotonic() - began
-    progress.clear()
+    if terminal:
+        draw(f"{'':{terminal_width()}}\r")
     return run, seconds
 
 
@@ -7534,7 +7529,6 @@ INSIDE_SECTIONS = ("user_id_mappings", "litellm_settings", "general_settings", "
 INSIDE_USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
 INSIDE_CALL = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
 READY_LINE = re.compile(r"^ready: (\w+) (\S+)$", re.MULTILINE)
-SAY_SECONDS = 2.0  # between two progress lines
 
 HELLO = {"messages": [{"role": "user", "content": LOAD_PROMPT}]}
 CAPPED = {**HELLO, "max_tokens": 2048}  # Anthropic demands a limit; thinking needs more than 1,024
@@ -7867,20 +7861,6 @@ class ModeProcess:
             self.process.communicate(timeout=DRAIN_SECONDS + CHILD_STOP_SECONDS)  # closes the pipe too
         except subprocess.TimeoutExpired:
             self.process.kill()
-
-
-class Patience:
-    """Says on standard error that time goes by, not too often."""
-
-    def __init__(self) -> None:
-        self._began = self._said = time.monotonic()
-
-    def say(self, what: str) -> None:
-        """Print this, unless something was printed a moment ago."""
-        now = time.monotonic()
-        if now - self._said >= SAY_SECONDS:
-            self._said = now
-            print(f"{what}: {now - self._began:.0f} s", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
