@@ -2946,6 +2946,7 @@ CHALLENGE_STATUS = (403, 429, 503)  # with a web page, or a header that says so;
 SIGNS_OF_LIFE = re.compile(rb'(?:(?::[^\r\n]*|event: ?ping|data: ?\{"type": ?"ping"[^\r\n]*)?\r?\n)*')
 ERROR_OBJECT = re.compile(rb'\s*\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[{"]')
 PROOF_COOKIE = "memory-proxy-proof"
+NO_HEADERS = Headers(())
 MAX_EXPIRES = 253402300799  # seconds since the epoch, the end of the year 9999: cookielib cannot write later ones
 
 
@@ -2968,7 +2969,7 @@ class Exchange:
     sent: int = 0
     host: str = ""
     status: int | None = None
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = NO_HEADERS
     alive: bool = False
     first: bytes = b""
     heard: bool = False
@@ -2983,11 +2984,11 @@ class Exchange:
         """A request goes out: what an earlier attempt saw is forgotten."""
         self.sent, self.host, self.status = self.sent + 1, host, None
         self.alive = self.heard = self.connected = False
-        self.headers, self.body, self.fault, self.challenged = (), b"", None, False
+        self.headers, self.body, self.fault, self.challenged = NO_HEADERS, b"", None, False
 
     def answered(self, response: httpx.Response) -> None:
         """An answer came in; of an error, the body has been read."""
-        self.status, self.headers = response.status_code, tuple(response.headers.multi_items())
+        self.status, self.headers = response.status_code, Headers(response.headers.multi_items())
         self.body = response.content if response.status_code >= 400 else b""
 
     def hear(self, data: bytes) -> None:
@@ -3008,10 +3009,6 @@ class Exchange:
     def failed(self) -> bool:
         """Whether the provider could not be reached, broke off, or answered with an error."""
         return self.fault is not None or (self.status or 0) >= 400
-
-    def header(self, name: str) -> str:
-        """The value of a (lower-case) header of the answer, or ""."""
-        return next((value for key, value in self.headers if key.lower() == name), "")
 
 
 EXCHANGE: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -3501,7 +3498,7 @@ async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
         tally.add(getattr(part, "usage", None))
         yield part
     exchange = EXCHANGE.get()
-    if silent and exchange and exchange.alive and not re.search("stream|ndjson", exchange.header("content-type")):
+    if silent and exchange and exchange.alive and not re.search("stream|ndjson", exchange.headers.get("content-type")):
         said = exchange.first[:MAX_MESSAGE].decode(errors="replace").strip()
         raise ProxyError(502, f"{exchange.host} answered with no stream, but with {said}", blame=PROVIDER)
 
@@ -4727,7 +4724,7 @@ def parse_form(request: Request) -> dict[str, Any]:
 def form_field(part: bytes) -> tuple[str, Any]:
     """Name and value of one part of a form, from the end of its delimiter on; raises ProxyError 400."""
     begin = part.find(b"\r\n\r\n", 0, MAX_PART_HEAD_BYTES)
-    headers = parse_fields("\r\n" + part[2:begin].decode("latin-1")) if begin > 0 else Headers(())
+    headers = parse_fields("\r\n" + part[2:begin].decode("latin-1")) if begin > 0 else NO_HEADERS
     params = form_params(headers.get("content-disposition").encode("latin-1").decode("utf-8", "replace"))
     name, file_name, content = params.get("name"), params.get("filename"), part[begin + 4 :]
     if name is None:
@@ -4828,7 +4825,7 @@ def sent_text(exchange: Exchange) -> str:
 
 def provider_page(exchange: Exchange) -> str | None:
     """What is said of an error that came as a web page; the page itself is for browsers."""
-    if exchange.header("content-type").startswith("text/html"):
+    if exchange.headers.get("content-type").startswith("text/html"):
         return f"{exchange.host} answered {exchange.status} with an HTML page"
     return None
 
@@ -4837,7 +4834,7 @@ def provider_headers(exchange: Exchange) -> list[tuple[str, str]]:
     """The provider's response headers that concern the client."""
     return [
         (name, value)
-        for name, value in exchange.headers
+        for name, value in exchange.headers.fields
         if name.lower().startswith(PROVIDER_HEADERS) and name.lower() not in PROVIDER_HEADERS_DROPPED
     ]
 
