@@ -3589,12 +3589,18 @@ def count_usage(events: bytes, tally: Tally) -> None:
 
 def stated_error(said: Mapping[str, Any]) -> ProxyError:
     """What a provider's error object says where the status was good: its code tells which one is meant, or its type."""
-    kind, code = str(said.get("type") or "api_error"), said.get("code")
-    status = next((status for status, name in ANTHROPIC_TYPES.items() if name == kind), 500)
+    code = said.get("code")
+    status = next((status for status, name in ANTHROPIC_TYPES.items() if name == said.get("type")), 500)
     if isinstance(code, int) and 400 <= code < 600:
         status = code
     message = plain_text(str(said.get("message") or "the provider's stream failed"))
-    return ProxyError(status, message, kind=kind, code=code if isinstance(code, str) else None, blame=PROVIDER)
+    return ProxyError(status, message, blame=PROVIDER, **said_fields(said))
+
+
+def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What a provider's error object says besides its message, for a `ProxyError`."""
+    names = {"kind": "type", "param": "param", "code": "code"}
+    return {key: said[name] for key, name in names.items() if isinstance(said.get(name), str)}
 
 
 def event_error(error: BaseException) -> ProxyError | None:
@@ -4800,9 +4806,6 @@ def refuse_false_answer(exchange: Exchange) -> None:
         raise error
 
 
-SAID_FIELDS = {"kind": "type", "param": "param", "code": "code"}  # of `ProxyError` ← of a provider's error object
-
-
 def provider_failure(exchange: Exchange, status: int, error: Exception) -> ProxyError:
     """The error that a provider has answered, of this status.
 
@@ -4814,8 +4817,7 @@ def provider_failure(exchange: Exchange, status: int, error: Exception) -> Proxy
         return ProxyError(status, refused, headers=headers, blame=PROVIDER)
     said = provider_error(exchange.body)
     text = said.get("message") or provider_page(exchange) or sent_text(exchange) or plain_message(error)
-    fields = {key: said[name] for key, name in SAID_FIELDS.items() if isinstance(said.get(name), str)}
-    return ProxyError(status, text, headers=headers, blame=PROVIDER, **fields)
+    return ProxyError(status, text, headers=headers, blame=PROVIDER, **said_fields(said))
 
 
 def sent_text(exchange: Exchange) -> str:
