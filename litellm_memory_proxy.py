@@ -7909,7 +7909,7 @@ def facts_of(answer: Answer, *, values: bool) -> dict[str, Any]:
         for _, group, document in events:
             fold(said, leaves(document, group))
     elif answer.media == "application/json":
-        fold(said, leaves(json.loads(answer.body), "body"))
+        fold(said, leaves(json_object(answer.body), "body"))
     found.update(said if values else dict.fromkeys(said))
     found.update({f"header {name}": answer.headers[name] for name in SEEN_ANSWER_HEADERS if name in answer.headers})
     found["provider: calls"] = len(answer.received)

@@ -5966,6 +5966,7 @@ PLANTED = {
     "content type": {"media": "text/plain"},
     "body.choices.0.message.content": {"body": b'{"id": "c1", "choices": [{"message": {"content": "other"}}]}'},
     "body.id only in binary": {"body": b'{"choices": [{"message": {"content": "hello"}}]}'},
+    "body.choices.length only in binary": {"body": b'{"choices": ['},
     "provider: calls": {"received": ()},
     "provider: body temperature": {
         "received": (
