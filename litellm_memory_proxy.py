@@ -7187,7 +7187,7 @@ LOAD_PATH = "/v1/chat/completions"
 LOAD_PROMPT = "Answer with one word: hello."  # a real model is paid by the token
 LOAD_URL = re.compile(r"(?i)https?://[\x21-\x7e]+")
 LOOK_SECONDS = 0.1  # between two looks at a run: ten steps a second look like movement
-PROGRESS_SECONDS = 5.0  # between two lines that say how far something is
+PROGRESS_SECONDS = 2.0  # between two lines that say how far something is
 
 # What breaks an exchange → its name in the table, by the nearest base class that is here.
 FAILURE_KINDS: Mapping[type[BaseException], str] = {
@@ -7474,7 +7474,10 @@ def run_load(target: Target, requests: int, threads: int) -> tuple[LoadRun, floa
         for worker in run.start(target, threads):
             worker.join(LOOK_SECONDS)
             while worker.is_alive():
-                draw(progress_bar(run, terminal_width())) if terminal else patience.say(progress_text(run))
+                if terminal:
+                    draw(progress_bar(run, terminal_width()))
+                else:
+                    patience.say(progress_text(run))
                 worker.join(LOOK_SECONDS)
     except KeyboardInterrupt:
         run.stopped = True
