@@ -2947,6 +2947,7 @@ SIGNS_OF_LIFE = re.compile(rb'(?:(?::[^\r\n]*|event: ?ping|data: ?\{"type": ?"pi
 ERROR_OBJECT = re.compile(rb'\s*\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[{"]')
 PROOF_COOKIE = "memory-proxy-proof"
 NO_HEADERS = Headers(())
+MAX_COOKIES = 180  # of a domain; Chrome keeps as many
 MAX_EXPIRES = 253402300799  # seconds since the epoch, the end of the year 9999: cookielib cannot write later ones
 
 
@@ -3167,6 +3168,9 @@ class Session:
                 self._jar.clear(cookie.domain, cookie.path, cookie.name)
             elif cookie.expires and cookie.expires > MAX_EXPIRES:
                 cookie.expires = MAX_EXPIRES
+        for _, same in groupby(list(self._jar), lambda cookie: cookie.domain):
+            for cookie in list(same)[:-MAX_COOKIES]:  # the oldest
+                self._jar.clear(cookie.domain, cookie.path, cookie.name)
         del response.headers["set-cookie"]
         now = self._jar.as_lwp_str(ignore_discard=True)
         if now != self._saved:

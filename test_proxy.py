@@ -2976,6 +2976,20 @@ def test_odd_cookies_do_no_harm(provider: Provider, tmp_path: Path) -> None:
     assert running.stop() == 0
 
 
+def test_a_host_that_hands_out_ever_new_cookies_fills_no_memory(provider: Provider) -> None:
+    def script(got: Got) -> Reply:
+        new = [f"c{len(provider.got)}-{number}=1; Path=/" for number in range(60)]
+        return Reply(usual_answer(got).body, headers={"set-cookie": "\r\nset-cookie: ".join(new)})
+
+    provider.script = script
+    running = Proxy(config_for(provider))
+    assert [running.chat().status_code for _ in range(5)] == [200] * 5
+    assert running.client.get("/health").json()["checks"]["session_manager"]["cookie_count"] == proxy.MAX_COOKIES
+    sent = str(provider.got[-1].header("cookie"))
+    assert "c4-59=1" in sent and "c1-0=1" not in sent, "the newest are kept"
+    assert running.stop() == 0
+
+
 def test_a_cookie_file_that_cannot_be_written_is_a_warning(provider: Provider, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     running = Proxy(config_for(provider), "--mode", "sdk", "--cookie-file", str(tmp_path / "file" / "cookies"))
