@@ -232,6 +232,7 @@ MAX_LOG_LINES = 10_000  # waiting to be written
 LOG_PAUSE_SECONDS = 0.02  # between two writes: nobody sees it, and under load one write takes many lines
 LOG_FLUSH_SECONDS = 1.0  # at the end, for whoever reads our output
 MAX_MODEL = 200  # characters of a model's name in log and metrics
+MAX_MODEL_NAME = 2048  # the most that an ARN of AWS has; LiteLLM takes 4 s over one of a megabyte, and remembers it
 MAX_COST = 1e6  # US dollars of one call; a larger figure is none
 MAX_TOKENS = 10**12  # of one call; a larger figure is none
 SETTLED_AT_ONCE = 200  # requests that have ended and are not counted yet; some two milliseconds
@@ -4228,6 +4229,8 @@ class SdkBackend:
         model = params.get("model")
         if not isinstance(model, str) or not model:
             raise ProxyError(400, "the request body must name a model", param="model")
+        if len(model) > MAX_MODEL_NAME:
+            raise ProxyError(400, f"a model's name has at most {MAX_MODEL_NAME} characters", param="model")
         if params.get("stream") is True and endpoint.frames is None:
             raise ProxyError(400, f"{request.path} has no streams", param="stream")
         for name, kind in endpoint.shape.items():

@@ -2425,6 +2425,14 @@ def test_a_long_conversation_goes_with_its_answer(
     assert sizes[1] - sizes[0] < 15_000_000
 
 
+def test_a_model_whose_name_is_a_book_is_refused(sdk: Proxy) -> None:
+    """LiteLLM would hold up everybody for seconds, and remember it."""
+    for name, status in (("anthropic/" + "x" * 2038, 200), ("anthropic/" + "x" * 2039, 400), ("x" * 1_000_000, 400)):
+        response = sdk.chat(name)
+        assert response.status_code == status
+        assert status == 200 or response.json()["error"]["param"] == "model"
+
+
 CIRCLES = """\
 import gc, signal
 gc.disable()
