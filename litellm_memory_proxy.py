@@ -6644,6 +6644,9 @@ class Front(http.server.ThreadingHTTPServer):
     def drain(self) -> None:
         """Accept no more connections; return when what is in flight has ended, or after `DRAIN_SECONDS`."""
         self.shutdown()
+        self.timeout, until = 0, time.monotonic() + ACCEPT_SECONDS
+        while readable(self.socket) and time.monotonic() < until:  # those in the system's queue: a close resets them
+            self.handle_request()
         self.server_close()
         if not self.connections.drain(DRAIN_SECONDS):
             self._log.event(

@@ -5001,6 +5001,23 @@ def test_a_stop_answers_clients_that_go_on_asking(provider: Provider) -> None:
         assert sum(clients) >= 8  # the others asked only once their connection had been closed as idle
 
 
+def test_a_connection_that_waits_to_be_accepted_at_a_stop_is_answered() -> None:
+    application = proxy.Application(proxy.Metrics(quiet_log()), quiet_log(), proxy.Access())
+    primary, in_flight = SimpleNamespace(name="sdk"), proxy.InFlight()
+    application.serving = SimpleNamespace(primary=primary, in_flight=in_flight)  # type: ignore[assignment]
+    front = proxy.Front(("127.0.0.1", 0), application, quiet_log(), proxy.Limits())
+    front.start()
+    with front.connections._changed:  # the accepting thread needs this for the first of them
+        clients = [socket.create_connection(("127.0.0.1", front.server_port), 5) for _ in range(2)]
+        for client in clients:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        stop = threading.Thread(target=front.drain)
+        stop.start()
+        wait_until(lambda: front._BaseServer__shutdown_request)  # type: ignore[attr-defined]
+    assert [client.recv(15) for client in clients] == [b"HTTP/1.1 200 OK"] * 2
+    stop.join()
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux changes the limits of a running process")
 def test_a_connection_for_which_there_is_no_thread_is_not_counted_for_ever(provider: Provider) -> None:
     running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url, "--max-connections", "4")
