@@ -1636,7 +1636,10 @@ def event_readable(event: LogEvent, redact: Redact) -> str:
 
 
 class LoggingHandler(logging.Handler):
-    """Brings the records of Python's logging (LiteLLM, asyncio) into our log: one line each, no traceback."""
+    """Brings the records of Python's logging (LiteLLM, asyncio) into our log: one line each, no traceback.
+
+    LiteLLM's quote what a provider has sent, be it megabytes: to redact such a line would stop everything for seconds.
+    """
 
     def __init__(self, log: Log) -> None:
         super().__init__()
@@ -1648,7 +1651,7 @@ class LoggingHandler(logging.Handler):
         except (TypeError, ValueError):  # arguments that do not fit: the library's mistake must not fail its call
             text = str(record.msg)
         level = logging.getLevelName(min(record.levelno // 10 * 10, logging.CRITICAL))  # there may be levels of its own
-        self._log.event(level, record.name, "message", message=" ".join(text.split()))
+        self._log.event(level, record.name, "message", message=" ".join(text[:MAX_MESSAGE].split()))
 
 
 def take_in_logging(log: Log) -> None:

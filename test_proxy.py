@@ -1440,17 +1440,19 @@ def test_an_exception_that_nobody_can_catch_is_a_line_in_the_log() -> None:
     assert not done.stderr and "ValueError('torn')" in json.loads(done.stdout)["message"]
 
 
-def test_what_a_library_logs_wrongly_fails_no_call_of_its_own() -> None:
+def test_what_a_library_logs_wrongly_or_at_length_fails_no_call_of_its_own() -> None:
     log = proxy.Log(io.StringIO(), as_json=True, redact=proxy.Redactor())
     logger = logging.Logger("library")
     logger.addHandler(proxy.LoggingHandler(log))
     logger.warning("%d of %d", "some")
     logger.log(logging.WARNING + 5, "a level of its own")
+    logger.warning("x" * 1_000_000)
     log.flush()
     lines = [json.loads(line) for line in log._stream.getvalue().splitlines()]
     assert [(line["level"], line["message"]) for line in lines] == [
         ("WARNING", "%d of %d"),
         ("WARNING", "a level of its own"),
+        ("WARNING", "x" * proxy.MAX_MESSAGE),
     ]
 
 
