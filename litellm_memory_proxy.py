@@ -3868,6 +3868,7 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
     },
 }
 RESPONSE_ID = "resp_bGl0ZWxsbT"  # how LiteLLM's ids begin: "litellm:" in base64, then the deployment that has it
+NO_RESPONSE_IDS = ("compact", "input_tokens")  # in the place of an id, OpenAI's other paths under /responses
 MODELS_PATH = "/models"
 DEPLOYMENT_PATH = re.compile(r"/(?:openai/deployments|engines)/([^/]+)(/.+)")  # Azure's, and OpenAI's of old
 
@@ -3886,7 +3887,7 @@ def find_destination(path: str) -> Destination | None:
     if path in ENDPOINTS:
         return Destination(ENDPOINTS[path], given)
     above, slash, last = path.rpartition("/")
-    rows = ENDPOINTS.get(above + slash)
+    rows = ENDPOINTS.get(above + slash) if last not in NO_RESPONSE_IDS else None
     return Destination(rows, {**given, "response_id": unquote(last)}) if rows else None
 
 

@@ -2267,8 +2267,8 @@ def test_wrong_methods_and_unknown_paths(sdk: Proxy) -> None:
     assert sdk.client.delete("/v1/models").headers["allow"] == "GET, HEAD"
     assert sdk.client.post("/health").status_code == 405
     assert sdk.client.head("/").status_code == sdk.client.get("/").status_code == 200
-    response = sdk.client.get("/v1/nowhere")
-    assert response.status_code == 404 and "binary mode" in response.json()["error"]["message"]
+    for response in (sdk.client.get("/v1/nowhere"), sdk.client.post("/v1/responses/compact", json={})):
+        assert response.status_code == 404 and "binary mode" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
