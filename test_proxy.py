@@ -5009,10 +5009,12 @@ def test_a_connection_that_waits_to_be_accepted_at_a_stop_is_answered() -> None:
     application.serving = SimpleNamespace(primary=primary, in_flight=in_flight)  # type: ignore[assignment]
     front = proxy.Front(("127.0.0.1", 0), application, quiet_log(), proxy.Limits())
     front.start()
+    clients = []
     with front.connections._changed:  # the accepting thread needs this for the first of them
-        clients = [socket.create_connection(("127.0.0.1", front.server_port), 5) for _ in range(2)]
-        for client in clients:
-            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for _ in range(2):
+            clients.append(socket.create_connection(("127.0.0.1", front.server_port), 5))
+            clients[-1].sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_until(lambda: len(clients) == 2 or not proxy.readable(front.socket))
         stop = threading.Thread(target=front.drain)
         stop.start()
         wait_until(lambda: front._BaseServer__shutdown_request)  # type: ignore[attr-defined]
