@@ -453,7 +453,10 @@ SETTINGS: Mapping[str, Rule] = {
     "general_settings.experimental.sdk_proxy_port": PORT,
     "general_settings.experimental.binary_proxy_port": PORT,
 }
-FRAMING_HEADERS = frozenset("connection content-length content-type host te trailer transfer-encoding upgrade".split())
+# What HTTP itself needs, and the id that stands in our answer and in the log.
+TAKEN_HEADERS = frozenset(
+    "connection content-length content-type host te trailer transfer-encoding upgrade x-request-id".split()
+)
 
 MEMORY_ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 CONVERSATION_ID = re.compile(r"[\x21-\x7e]{1,256}")
@@ -1066,8 +1069,8 @@ def check_conversation(section: Mapping[str, Any], problems: list[Problem]) -> d
         wrong.append(
             Problem(f"{where}.from_headers", f"must be a list of header names, not {shown(given.get('from_headers'))}")
         )
-    if not is_header_name(target) or str(target).lower() in FRAMING_HEADERS:
-        wrong.append(Problem(f"{where}.inject_header", f"must be a header name, not {shown(target)}"))
+    if not is_header_name(target) or str(target).lower() in TAKEN_HEADERS:
+        wrong.append(Problem(f"{where}.inject_header", f"must be the name of a header of its own, not {shown(target)}"))
     elif str(target).lower() == str(section.get("inject_header", Mappings.inject_header)).lower():
         wrong.append(Problem(f"{where}.inject_header", "must differ from user_id_mappings.inject_header"))
     problems.extend(wrong)
@@ -1088,8 +1091,8 @@ def mapping_problems(values: Mapping[str, Any]) -> dict[str, str]:
     for key, name in names.items():
         if not is_header_name(name):
             wrong[key] = f"must be a header name, not {shown(name)}"
-        elif name.lower() in FRAMING_HEADERS:
-            wrong[key] = f"cannot be {name}, which HTTP itself needs"
+        elif name.lower() in TAKEN_HEADERS:
+            wrong[key] = f"cannot be {name}, which HTTP or this proxy needs itself"
     if not names["custom_header"]:  # that switches it off
         del wrong["custom_header"]
     elif str(names["custom_header"]).lower() == str(names["inject_header"]).lower():

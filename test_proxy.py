@@ -1060,6 +1060,8 @@ HOSTILE: dict[str, Any] = {  # user_id_mappings that are not what they should be
     },
     "{inject_header: null, custom_header: null}": {".inject_header"},
     "{inject_header: X-Memory-User-Id}": {".custom_header"},
+    "{inject_header: X-Request-Id}": {".inject_header"},
+    "{conversation: {from_headers: [session_id], inject_header: x-request-id}}": {".conversation.inject_header"},
 }
 
 
