@@ -1795,7 +1795,7 @@ class Outcome(NamedTuple):
         return "  ".join(part for part in parts if part)
 
 
-def name_shown(name: str, redact: Callable[[str], str]) -> str:
+def name_shown(name: str, redact: Redact) -> str:
     """A memory id or a model's name as log and metrics show it."""
     return redact(name.encode("utf-8", "replace").decode()[:MAX_MODEL]) or NONE
 
@@ -7634,52 +7634,47 @@ FEATURES = (
     Feature("provider unreachable", CHAT, UNREACHABLE_MODEL, HELLO, inside=True),
 )
 
-# What may differ: (features, differences, why), the first two as regular expressions of how they begin.
-IGNORED = (
-    ("", r"header x-supermemory-.*only in sdk", "provider headers keep their names in sdk mode"),
-    ("", r"header retry-after only in sdk", "Retry-After is kept in sdk mode"),
-    ("", r".*[._]id: ", "ids are made anew"),
-    ("", r".*(created.*|timestamp): ", "timestamps"),
-    ("", r"body\.choices\.0\..*only in sdk: None", "OpenAI's schema has these nulls, LiteLLM's server not always"),
-    ("health", r"body\.checks\.litellm_server", "only binary mode has a server"),
-    ("health", r"body\.checks\.session_manager", "only sdk mode has cookies"),
+# What may differ: (features, differences, why), the first two as shell patterns.
+IGNORED: tuple[tuple[str, str, str], ...] = (
+    ("*", "header x-supermemory-*only in sdk*", "provider headers keep their names in sdk mode"),
+    ("*", "header retry-after only in sdk*", "Retry-After is kept in sdk mode"),
+    ("*", "*[._]id: *", "ids are made anew"),
+    ("*", "*created*: *", "timestamps"),
+    ("*", "body.choices.0.*only in sdk: None", "OpenAI's schema has these nulls, LiteLLM's server not always"),
+    ("embeddings*", "body.usage.*_details only in binary*", "LiteLLM adds keys of its own, which no client reads"),
+    ("health", "*timestamp: *", "timestamps"),
+    ("health", "body.checks.litellm_server*", "only binary mode has a server"),
+    ("health", "body.checks.session_manager*", "only sdk mode has cookies"),
+    ("models", "body.data.0.m*only in binary*", "LiteLLM adds keys of its own, which no client reads"),
+    ("count_tokens*", "body.litellm_*only in binary*", "LiteLLM adds keys of its own, which no client reads"),
+    ("count_tokens*", "provider: header x-*only in sdk*", "LiteLLM's server sends no client header with it: no memory"),
+    ("count_tokens, GPT", "provider: body input*", "the SDK counts Anthropic's messages as they are"),
+    ("responses, streamed*", "events: nameless*", "sdk mode names its events, as OpenAI does"),
+    ("responses, streamed*", "[[]DONE]*", "LiteLLM's server ends it with [DONE], which OpenAI does not"),
+    ("responses, streamed*", "nameless*", "sdk mode names its events, as OpenAI does"),
+    ("responses, streamed*", "response.*only in sdk*", "sdk mode names its events, as OpenAI does"),
+    ("provider's 429*", "provider: calls: * / 1", "sdk mode tries a lone deployment once: clients retry by themselves"),
+    ("provider's 429*", "body.request_id only in binary*", "LiteLLM adds keys of its own, which no client reads"),
+    ("bad *", "*error*", "sdk mode answers in the dialect, and more clearly"),
+    ("bad *", "body.type*", "sdk mode answers in the dialect, and more clearly"),
+    ("bad key*", "status: 400 / 401", "401 in the dialect"),
+    ("no key*", "status: 500 / 401", "401 in the dialect"),
+    ("no key*", "content type: text/plain / application/json", "401 in the dialect"),
+    ("no key*", "body* only in sdk*", "401 in the dialect"),
+    ("unknown *", "body*", "sdk mode answers in the dialect, and more clearly"),
+    ("wrong method", "body*", "sdk mode answers in the dialect, and more clearly"),
+    ("provider's 429*", "body*error*", "the provider's own words are kept in sdk mode"),
     (
-        "embeddings|models|count_tokens|provider's 429",
-        r"body\.(usage\..*_details|data\.0\.m.*|litellm_.*|request_id) ?only in binary",
-        "LiteLLM adds keys of its own, which no client reads",
-    ),
-    ("count_tokens", r"provider: header x-.*only in sdk", "LiteLLM's server sends no client header with it: no memory"),
-    ("count_tokens, GPT", r"provider: body input", "the SDK counts Anthropic's messages as they are"),
-    (
-        "responses, streamed",
-        r"(events: )?nameless|response\..*only in sdk",
-        "sdk mode names its events, as OpenAI does",
-    ),
-    ("responses, streamed", r"\[DONE\]", "LiteLLM's server ends it with [DONE], which OpenAI does not"),
-    (
-        "provider's 429",
-        r"provider: calls: .* / 1",
-        "sdk mode tries a lone deployment once: clients retry by themselves",
-    ),
-    ("provider's 429", r"body.*error", "the provider's own words are kept in sdk mode"),
-    ("bad ", r".*error|body\.type", "sdk mode answers in the dialect, and more clearly"),
-    ("unknown |wrong method", r"body", "sdk mode answers in the dialect, and more clearly"),
-    (
-        "(bad|no) key",
-        r"status: [45]00 / 401|content type: text/plain / |body.* only in sdk",
-        "401 in the dialect",
-    ),
-    (
-        r".*streamed.*\(mock_response\)",
-        r"content type: application/json / |.* only in |status: 500 / 200",
+        "*streamed*(mock_response)",
+        "content type: application/json / *",
         "LiteLLM's server streams no mock_response here",
     ),
-    (
-        r"count_tokens.*\(mock_response\)",
-        r"status: .* / 200|body",
-        "LiteLLM's server asks a provider, which a mock does not have",
-    ),
-    ("provider unreachable", r"status: 500 / 502|body.*error", "502 for connection faults"),
+    ("*streamed*(mock_response)", "* only in *", "LiteLLM's server streams no mock_response here"),
+    ("responses, streamed*(mock_response)", "status: 500 / 200", "LiteLLM's server streams no mock_response here"),
+    ("count_tokens*(mock_response)", "status: * / 200", "LiteLLM's server asks a provider, which a mock does not have"),
+    ("count_tokens*(mock_response)", "body*", "LiteLLM's server asks a provider, which a mock does not have"),
+    ("provider unreachable", "status: 500 / 502", "502 for connection faults"),
+    ("provider unreachable", "body*error*", "502 for connection faults"),
 )
 DIFFERENT = "DIFFERENT"
 
@@ -8002,7 +7997,11 @@ def verdict(feature: str, found: Iterable[str]) -> str:
     """What is to be said of a feature with these differences."""
     reasons: dict[str, None] = {}
     for difference in found:
-        matching = (why for name, what, why in IGNORED if re.match(name, feature) and re.match(what, difference))
+        matching = (
+            why
+            for name, what, why in IGNORED
+            if fnmatch.fnmatchcase(feature, name) and fnmatch.fnmatchcase(difference, what)
+        )
         reason = next(matching, None)
         if reason is None:
             return f"{DIFFERENT}: {difference}"
