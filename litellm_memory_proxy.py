@@ -5064,6 +5064,11 @@ class AnswerHead(NamedTuple):
     minor_version: int
     lines: str
 
+    @property
+    def final(self) -> bool:
+        """Whether no other head follows it in this exchange (RFC 9110 §15.2): a 101 ends the wait too."""
+        return self.status >= 200 or self.status == 101
+
 
 class Connection(Reader):
     """A connection to the server, for one exchange after another: send a request, read its answer.
@@ -5151,7 +5156,7 @@ class Connection(Reader):
         """Read what the server says before it has everything; True where it was interim, and is passed on."""
         while True:
             answer = self.answer_head()
-            if answer.status >= 200 or answer.status == 101:
+            if answer.final:
                 self.peek = answer
                 return False
             if answer.status != 100:
@@ -5348,7 +5353,7 @@ class BinaryBackend:
         poll.register(connection.sock, select.POLLIN)
         while connection.buffer or poll.poll(CONTINUE_SECONDS * 1000):
             answer = connection.answer_head()
-            if answer.status >= 200 or answer.status == 101:
+            if answer.final:
                 connection.peek = answer
                 return False
             request.peer.interim(answer.status, Headers.parse(answer.lines))
@@ -5361,7 +5366,7 @@ class BinaryBackend:
         """The head of the final answer; interim ones are passed on."""
         while True:
             answer, connection.peek = connection.peek or connection.answer_head(), None
-            if answer.status >= 200 or answer.status == 101:
+            if answer.final:
                 return answer
             if answer.status != 100:  # a 100 nobody waits for any more
                 request.peer.interim(answer.status, Headers.parse(answer.lines))
