@@ -7929,7 +7929,7 @@ def facts_of(answer: Answer, *, values: bool) -> dict[str, Any]:
         for _, group, document in events:
             fold(said, leaves(document, group))
     elif answer.media == "application/json":
-        fold(said, leaves(json_object(answer.body), "body"))
+        fold(said, leaves(json_or_text(answer.body), "body"))
     found.update(said if values else dict.fromkeys(said))
     found.update({f"header {name}": answer.headers[name] for name in SEEN_ANSWER_HEADERS if name in answer.headers})
     found["provider: calls"] = len(answer.received)
@@ -7939,6 +7939,14 @@ def facts_of(answer: Answer, *, values: bool) -> dict[str, Any]:
         headers = {name: value for name, value in received.headers.items() if name.startswith(SEEN_HEADERS)}
         found.update({f"provider: header {name}": value for name, value in headers.items()})
     return found
+
+
+def json_or_text(body: bytes) -> Any:
+    """The value of a JSON text; of a broken one the text."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return body.decode(errors="replace")
 
 
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

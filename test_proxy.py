@@ -6034,6 +6034,12 @@ def test_parity_finds_a_planted_difference(name: str) -> None:
     assert proxy.verdict("chat", proxy.differences(facts[0], facts[0])) == "same"
 
 
+def test_parity_compares_answers_that_are_no_objects_too() -> None:
+    for one, other in ((b"[1]", b"[2]"), (b"[1]", b'"one"'), (b"[", b"{")):
+        facts = [proxy.facts_of(parity_answer(body=body), values=True) for body in (one, other)]
+        assert list(proxy.differences(*facts))
+
+
 @pytest.mark.parametrize("stream", [anthropic_stream, openai_stream])
 def test_parity_compares_streams_by_their_order_and_text_and_not_by_their_chunks(
     stream: Callable[[list[str]], list[bytes]],
