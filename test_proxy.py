@@ -51,7 +51,7 @@ from itertools import chain
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import httpx
 import pytest
@@ -392,6 +392,8 @@ def clean_environment(**extra: str) -> dict[str, str]:
 class Proxy:
     """litellm_memory_proxy.py as a process of its own."""
 
+    left: ClassVar[list[Proxy]] = []  # those that the test at hand has started and not stopped
+
     def __init__(
         self,
         config: dict[str, Any],
@@ -415,6 +417,7 @@ class Proxy:
         )
         self._pump = threading.Thread(target=self._read, daemon=True)
         self._pump.start()
+        Proxy.left.append(self)
         if wait:
             self.wait_ready(1 + ("both" in arguments))
 
@@ -458,7 +461,14 @@ class Proxy:
                     received += piece
             return received
 
+    def kept(self) -> Proxy:
+        """It serves more than one test."""
+        Proxy.left.remove(self)
+        return self
+
     def stop(self) -> int:
+        if self in Proxy.left:
+            Proxy.left.remove(self)
         if self.process.poll() is None:
             self.process.terminate()
         code = self.process.wait(40)
@@ -515,6 +525,15 @@ def config_for(provider: Provider, *more: dict[str, Any], **sections: Any) -> di
     }
 
 
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """A test that fails leaves no process behind that would slow those after it."""
+    yield
+    for running in list(Proxy.left):
+        running.process.kill()
+        running.stop()
+
+
 @pytest.fixture(scope="session")
 def shared_provider() -> Provider:
     return Provider()
@@ -551,7 +570,7 @@ def sdk(shared_provider: Provider) -> Iterator[Proxy]:
     aliases = {"smart": "gpt", "hidden": {"model": "claude", "hidden": True}, "bare": "keyless"}
     settings = {"fallbacks": [{"shaky": ["claude"]}], "num_retries": 0, "model_group_alias": aliases}
     running = Proxy(config_for(shared_provider, *models, router_settings=settings))
-    yield running
+    yield running.kept()
     assert running.stop() == 0
     assert "Unclosed" not in running.output
     assert "Traceback (most" not in running.output
@@ -562,7 +581,7 @@ def sdk(shared_provider: Provider) -> Iterator[Proxy]:
 def binary(shared_provider: Provider) -> Iterator[Proxy]:
     """One binary-mode process in front of a real LiteLLM server that it started."""
     running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-port", str(free_port()))
-    yield running
+    yield running.kept()
     assert running.stop() == 0
 
 
@@ -570,7 +589,7 @@ def binary(shared_provider: Provider) -> Iterator[Proxy]:
 def forward(shared_provider: Provider) -> Iterator[Proxy]:
     """One binary-mode process in front of the scripted provider: what is forwarded arrives there as it is."""
     running = Proxy(config_for(shared_provider), "--mode", "binary", "--litellm-url", shared_provider.url)
-    yield running
+    yield running.kept()
     assert running.stop() == 0
     assert "Traceback (most" not in running.output
 
@@ -2882,7 +2901,7 @@ def cookie_body(name: str, **more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def cookies(shared_provider: Provider) -> Iterator[Proxy]:
     running = Proxy(cookie_config(shared_provider.url), "--log-level", "debug")
-    yield running
+    yield running.kept()
     assert running.stop() == 0
     assert "Unclosed" not in running.output
     assert "Traceback (most" not in running.output
@@ -4386,6 +4405,7 @@ def status_reply(status: int) -> Callable[[Got], Reply]:
 def failing_pair() -> Iterator[Pair]:
     """A pair whose breaker does not open during the tests that share it."""
     with pair(breaker={"failure_threshold": 1000}) as made:
+        made.proxy.kept()
         yield made
 
 
@@ -4570,6 +4590,7 @@ def test_the_breaker_never_stands_before_the_only_way_to_a_model() -> None:
 def tripped_pair() -> Iterator[Pair]:
     """A pair whose breaker opens at the first failure."""
     with pair(breaker={"failure_threshold": 1, "reset_seconds": 600}) as made:
+        made.proxy.kept()
         yield made
 
 
