@@ -2578,8 +2578,10 @@ class Reader:
             if end:
                 self.buffer = rest
                 return line
-            if len(line) > 4096 or BARE_LF.search(line) or not self.fill():
+            if len(line) > 4096 or BARE_LF.search(line):
                 raise ProxyError(400, "a chunk of the body is malformed")
+            if not self.fill():
+                raise ProxyError(400, "the body ends early")
 
     def body(self, framing: int) -> Iterator[bytes]:
         """The body's bytes as they come in, without its chunked coding; trailers are dropped (RFC 9110 §6.5.1).
@@ -6129,6 +6131,10 @@ class Application:
         error.headers += [("x-request-id", request_id), ("x-proxy-backend", self.serving.primary.name)]
         return self._error(error, request)
 
+    def broke_off(self, error: ProxyError, request: Request) -> None:
+        """Say why an answer has ended before its end: the client, which has its head, can be told no more."""
+        self._log.event("WARNING", "front", "broken_off", request_id=request.id, message=error.message)
+
     def _error(self, error: ProxyError, request: Request | None) -> Response:
         """The error in the dialect of the path, without secrets."""
         error.redact(self._log.redact)
@@ -6438,22 +6444,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             assert isinstance(request.peer, ClientPeer)
             request.peer.chunked = chunked
-            self._stream(request.peer, head, body, record.first_byte)
+            self._stream(record, request.peer, head, body)
 
-    def _stream(self, peer: ClientPeer, head: bytes, body: Iterator[bytes], first_byte: Callable[[], None]) -> None:
+    def _stream(self, record: Record, peer: ClientPeer, head: bytes, body: Iterator[bytes]) -> None:
         """Write an answer as it comes. One that breaks off leaves the connection closed without its end marked."""
         begun = False
         try:
             for data in body:
                 if data and not begun:
                     begun = True
-                    first_byte()
+                    record.first_byte()
                 peer.write(head, data)
                 head = b""
             self.connection.sendall(head + (LAST_CHUNK if peer.chunked else b""))
-        except ProxyError:
+        except ProxyError as error:
             if head:
                 raise
+            self.server.application.broke_off(error, record.request)
             raise BrokenOff from None  # the head is out: all that is left to say is that the body is not whole
         finally:
             body.close()  # type: ignore[attr-defined]

@@ -3649,6 +3649,16 @@ def test_an_error_in_mid_stream_is_logged_and_counted_as_one(sdk: Proxy, provide
     assert response.status_code == 200 and log_line(sdk, response.headers["x-request-id"])["status"] >= 500
 
 
+def test_why_a_forwarded_answer_breaks_off_is_logged(forward: Proxy, provider: Provider) -> None:
+    provider.script = lambda _got: Reply(parts=openai_stream(["a", "b"])[:2], headers=SSE, cut=True)
+    with forward.client.stream("POST", CHAT, json=chat_body()) as response, pytest.raises(httpx.RemoteProtocolError):
+        response.read()
+    assert response.status_code == 200
+    said = log_line(forward, response.headers["x-request-id"])
+    assert said["event"] == "broken_off"
+    assert said["message"] == "the LiteLLM server broke off its answer: the body ends early"
+
+
 def test_the_memory_services_failure_is_seen(sdk: Proxy, forward: Proxy, provider: Provider) -> None:
     ways = ((sdk, "x-supermemory-error"), (forward, "llm_provider-x-supermemory-error"))
     for running, name in ways:
