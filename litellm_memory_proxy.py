@@ -3528,6 +3528,7 @@ def is_bare(part: Any) -> bool:
 
 
 # Anthropic's events by their lines; some hosts leave out the space behind the colon.
+BLANK_LINE = re.compile(rb"\n\r?\n")
 MESSAGE_START = re.compile(rb"event: ?message_start\ndata:")
 MESSAGE_STOP = re.compile(rb"\nevent: ?message_stop\n")
 ERROR_EVENT = re.compile(rb"\nevent: ?error\n(?:data:)?(.*)")
@@ -3547,13 +3548,14 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
         for event in message_events({**document, "model": model}):
             yield sse_event(json.dumps(event), event["type"])
         return
-    rest, ended = b"", False
+    rest, ended = bytearray(), False
     async for part in stream:
-        rest += part if isinstance(part, bytes) else str(part).encode()
-        events, gap, rest = rest.replace(b"\r\n", b"\n").rpartition(b"\n\n")
-        if not gap:
+        piece = part if isinstance(part, bytes) else str(part).encode()
+        rest += piece
+        if not BLANK_LINE.search(rest, len(rest) - len(piece) - 2):  # one event may be megabytes, in many pieces
             continue
-        events = b"\n" + events
+        before, _, rest = rest.replace(b"\r\n", b"\n").rpartition(b"\n\n")
+        events = b"\n" + before
         error = ERROR_EVENT.search(events)
         good = events[: error.start()] if error else events
         count_usage(good, tally)
@@ -3562,8 +3564,9 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
         if error:
             raise stated_error(provider_error(error[1]))
         ended = ended or MESSAGE_STOP.search(good) is not None
-    if not ended and MESSAGE_STOP.search(b"\n" + rest):  # a host that ends with the last line and not with a blank one
-        yield rest.rstrip(b"\n") + b"\n\n"
+    last = b"\n" + rest.replace(b"\r\n", b"\n")
+    if not ended and MESSAGE_STOP.search(last):  # a host that ends with the last line and not with a blank one
+        yield last[1:].rstrip(b"\n") + b"\n\n"
     elif not ended:
         raise ended_early()
 

@@ -43,7 +43,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -2701,6 +2701,43 @@ def test_anthropics_events_may_lack_the_space_and_the_last_blank_line(sdk: Proxy
     assert events_of(sdk.messages(stream=True))[-1][0] == "error"
     provider.script = lambda _got: Reply(parts=[error], headers=SSE)
     assert sdk.messages(stream=True).status_code == 529
+
+
+def message_pieces(whole: bytes, size: int) -> bytes:
+    """What Anthropic's events become that come in pieces of this size."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for at in range(0, len(whole), size):
+            yield whole[at : at + size]
+
+    async def read() -> bytes:
+        return b"".join([data async for data in proxy.message_frames(pieces(), "claude", proxy.Tally())])
+
+    return asyncio.run(read())
+
+
+def test_anthropics_events_may_be_cut_anywhere() -> None:
+    whole = b"".join(anthropic_stream(["hel", "lo"]))
+    events = message_pieces(whole, len(whole))
+    for text in (whole, whole.replace(b"\n", b"\r\n")):
+        assert {message_pieces(text, size) for size in range(1, 60)} == {events}
+
+
+def test_an_event_of_megabytes_is_not_looked_through_with_each_of_its_pieces() -> None:
+    looked = 0
+
+    def count(_frame: Any, event: str, function: Any) -> None:
+        nonlocal looked
+        if event == "c_call" and isinstance(getattr(function, "__self__", None), bytes | bytearray):
+            looked += len(function.__self__)
+
+    whole = b"".join(anthropic_stream(["a" * 2**20]))
+    sys.setprofile(count)
+    try:
+        assert message_pieces(whole, 4096).count(b"a") > 2**20
+    finally:
+        sys.setprofile(None)
+    assert looked < 20 * len(whole)
 
 
 def test_a_keyless_model_is_not_served_by_another_ones_wildcard(provider: Provider) -> None:
