@@ -2965,10 +2965,10 @@ class Exchange:
     """What the session saw while it served one client request; of several attempts, the last.
 
     ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
-    failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where it was an error, be
-    its status good or not.
-    ``alive``: some of the answer's body came, the piece ``first``; ``heard``: more of it than a stream's comments and
-    pings.
+    failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where its status is an
+    error's.
+    ``alive``: some of the answer's body came; ``heard`` is the beginning of it, from the first piece on that is more
+    than a stream's comments and pings.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request that has no such header, the config's say, for routes on
     which LiteLLM sends none of a client's.
@@ -2981,8 +2981,7 @@ class Exchange:
     status: int | None = None
     headers: Headers = NO_HEADERS
     alive: bool = False
-    first: bytes = b""
-    heard: bool = False
+    heard: bytes = b""
     body: bytes = b""
     fault: Exception | None = None
     challenged: bool = False
@@ -2993,8 +2992,8 @@ class Exchange:
     def begin(self, host: str) -> None:
         """A request goes out: what an earlier attempt saw is forgotten."""
         self.sent, self.host, self.status = self.sent + 1, host, None
-        self.alive = self.heard = self.connected = False
-        self.headers, self.body, self.fault, self.challenged = NO_HEADERS, b"", None, False
+        self.alive = self.connected = self.challenged = False
+        self.headers, self.heard, self.body, self.fault = NO_HEADERS, b"", b"", None
 
     def answered(self, response: httpx.Response) -> None:
         """An answer came in; of an error, the body has been read."""
@@ -3003,17 +3002,20 @@ class Exchange:
 
     def hear(self, data: bytes) -> None:
         """A piece of the answer's body came in."""
-        if self.body or (not self.heard and ERROR_OBJECT.match(data)):
-            self.body += data[: MAX_MESSAGE - len(self.body)]
-        self.first = data if not self.alive else self.first
         self.alive = True
-        self.heard = self.heard or not SIGNS_OF_LIFE.fullmatch(data)
+        if len(self.heard) < MAX_MESSAGE and (self.heard or not SIGNS_OF_LIFE.fullmatch(data)):
+            self.heard += data[: MAX_MESSAGE - len(self.heard)]
 
     async def close(self) -> None:
         """Close the connection of an answer that was not read to its end: LiteLLM leaves some of them open."""
         if self.stream is not None:
             await self.stream.aclose()
         self.stream = self.fault = None  # both lead back here: circles
+
+    @property
+    def error_object(self) -> bytes:
+        """What came, where it is an error object in place of an answer."""
+        return self.heard if ERROR_OBJECT.match(self.heard) else b""
 
     @property
     def failed(self) -> bool:
@@ -3512,8 +3514,8 @@ async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
         yield part
     exchange = EXCHANGE.get()
     if silent and exchange and exchange.alive and not re.search("stream|ndjson", exchange.headers.get("content-type")):
-        said = exchange.first[:MAX_MESSAGE].decode(errors="replace").strip()
-        raise ProxyError(502, f"{exchange.host} answered with no stream, but with {said}", blame=PROVIDER)
+        said = f"{exchange.host} answered with no stream, but with {sent_text(exchange.heard)}"
+        raise ProxyError(502, said, blame=PROVIDER)
 
 
 def says_something(choice: Any) -> bool:
@@ -4341,7 +4343,7 @@ class SdkBackend:
         status = class_status(error, LITELLM_STATUS)
         if status is None or (not exchange.sent and status >= 500):
             return self._unexpected(error, exchange, model)
-        message = sent_text(exchange) or plain_message(error)
+        message = sent_text(exchange.error_object) or plain_message(error)
         pause: float | None = None if exchange.sent else getattr(error, "cooldown_time", None)
         if pause is not None:
             return ProxyError(status, message, headers=[("Retry-After", str(int(pause) + 1))], blame=RESTING)
@@ -4815,7 +4817,7 @@ def false_answer(exchange: Exchange) -> ProxyError | None:
         return None
     if page := provider_page(exchange):
         return ProxyError(502, page, blame=BACKEND)
-    said = provider_error(exchange.body) if exchange.body else {}
+    said = provider_error(exchange.error_object)
     return stated_error(said) if said.get("message") else None
 
 
@@ -4835,13 +4837,13 @@ def provider_failure(exchange: Exchange, status: int, error: Exception) -> Proxy
         refused = f"the host in front of the model refused us (Cloudflare challenge): {exchange.host} answered {status}"
         return ProxyError(status, refused, headers=headers, blame=PROVIDER)
     said = provider_error(exchange.body)
-    text = said.get("message") or provider_page(exchange) or sent_text(exchange) or plain_message(error)
+    text = said.get("message") or provider_page(exchange) or sent_text(exchange.body) or plain_message(error)
     return ProxyError(status, text, headers=headers, blame=PROVIDER, **said_fields(said))
 
 
-def sent_text(exchange: Exchange) -> str:
+def sent_text(body: bytes) -> str:
     """An error's body as it came: LiteLLM keeps some, and loses some."""
-    return exchange.body[:MAX_MESSAGE].decode(errors="replace").strip()
+    return body[:MAX_MESSAGE].decode(errors="replace").strip()
 
 
 def provider_page(exchange: Exchange) -> str | None:

@@ -2654,6 +2654,16 @@ def test_an_error_object_with_a_good_status_is_an_error(
     assert (response.status_code, response.json()["error"]["message"]) == (ERROR_OBJECTS[body], "slow down")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("sign", [b"", b": hi\n\n"])
+def test_an_error_object_may_come_in_pieces(sdk: Proxy, provider: Provider, sign: bytes, stream: bool) -> None:
+    body = next(iter(ERROR_OBJECTS))
+    parts = [sign, body[:1], body[1:5], body[5:]] if sign else [body[:1], body[1:5], body[5:]]
+    provider.script = lambda _got: Reply(parts=parts, pause=0.1)  # else they might be read as one
+    response = sdk.chat(stream=stream)
+    assert (response.status_code, response.json()["error"]["message"]) == (429, "slow down")
+
+
 @pytest.mark.parametrize("body", [b'{"base_resp": {"status_msg": "no such key"}}', b"no such key"])
 def test_what_is_no_stream_is_no_empty_answer(sdk: Proxy, provider: Provider, body: bytes) -> None:
     provider.script = lambda _got: Reply(body, 200)
