@@ -3955,7 +3955,8 @@ class Opening:
         refuse_false_answer(self._exchange)
         self.close()
         self.over = True
-        for item in (Response(200, [*self._fields, *provider_headers(self._exchange)], CALL_BODY), *self._held):
+        head = Response(200, [*self._fields, *provider_headers(self._exchange)], self._channel)
+        for item in (head, *self._held):
             self._channel.put_now(item)
 
     def close(self) -> None:
@@ -4182,8 +4183,6 @@ class SdkBackend:
         except BaseException:
             call.close()
             raise
-        if response.body is CALL_BODY:
-            response.body = call
         response.tally = tally
         return response
 
@@ -4476,7 +4475,6 @@ def ollama_model(name: str) -> dict[str, Any]:
 
 UPGRADE_TO_HTTP = [("Upgrade", "HTTP/1.1"), ("Connection", "Upgrade")]  # RFC 9110 §15.5.22
 NDJSON_HEADERS = [("Content-Type", "application/x-ndjson"), ("X-Accel-Buffering", "no")]
-CALL_BODY: Iterator[bytes] = iter(())  # stands, in a head from the loop, for "the rest of the channel"
 JSON_TYPES = {list: "array", int: "number", str: "string", dict: "object", bool: "boolean", tuple: "file"}
 # Fields that LiteLLM takes apart itself, with the JSON types that it does not check.
 OPTIONAL_SHAPE = {
