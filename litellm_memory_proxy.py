@@ -3883,22 +3883,14 @@ MODELS_PATH = "/models"
 DEPLOYMENT_PATH = re.compile(r"/(?:openai/deployments|engines)/([^/]+)(/.+)")  # Azure's, and OpenAI's of old
 
 
-class Destination(NamedTuple):
-    """Where a request leads in sdk mode: the rows of its path, and the parameters that the path itself has."""
-
-    methods: Mapping[str, Endpoint]
-    params: Mapping[str, str]
-
-
-def find_destination(path: str) -> Destination | None:
-    """The rows for a path of the model API; None where no row serves it."""
+def find_rows(path: str) -> tuple[Mapping[str, Endpoint], dict[str, str]]:
+    """The rows for a path of the model API, none where nothing serves it, and the parameters that the path has."""
     deployment = DEPLOYMENT_PATH.fullmatch(path)
     given, path = ({"model": unquote(deployment[1])}, deployment[2]) if deployment else ({}, path)
-    if path in ENDPOINTS:
-        return Destination(ENDPOINTS[path], given)
     above, slash, last = path.rpartition("/")
-    rows = ENDPOINTS.get(above + slash) if last not in NO_RESPONSE_IDS else None
-    return Destination(rows, {**given, "response_id": unquote(last)}) if rows else None
+    if path in ENDPOINTS or last in NO_RESPONSE_IDS:
+        return ENDPOINTS.get(path, {}), given
+    return ENDPOINTS.get(above + slash, {}), {**given, "response_id": unquote(last)}
 
 
 OWN_EVENTS = 2  # the most that LiteLLM makes before it asks the provider: response.created and in_progress in 1.100
@@ -4150,7 +4142,7 @@ class SdkBackend:
     @staticmethod
     def calls_a_model(request: Request) -> bool:
         """Whether the request leads to a provider, and so shows whether LiteLLM works."""
-        return find_destination(api_path(request)) is not None
+        return bool(find_rows(api_path(request))[0])
 
     def answer(self, request: Request, route: Route) -> Response:
         """Serve one request of the model API.
@@ -4165,12 +4157,12 @@ class SdkBackend:
         fixed = self._fixed_answer(request, path)
         if fixed:
             return fixed
-        there = find_destination(path)
-        if there is None:
+        rows, given = find_rows(path)
+        if not rows:
             raise ProxyError(404, f"{request.path} is not served in sdk mode; binary mode serves all of LiteLLM's API")
-        require_method(request, *there.methods)
-        endpoint = there.methods[request.method]
-        params = self._params(request, endpoint, there.params)
+        require_method(request, *rows)
+        endpoint = rows[request.method]
+        params = self._params(request, endpoint, given)
         request.model = params.get("model", "")
         tally = Tally(hidden=self._ask_for_usage(endpoint, params))
         if self._litellm.cache is not None:  # a cached answer has been written with a memory: it is that memory's own
