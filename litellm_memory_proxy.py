@@ -4680,17 +4680,12 @@ def unfold(data: bytes, limit: int, decoder: Callable[[], Any]) -> bytes:
     raise ValueError(f"it has more than {MAX_MEMBERS} members")
 
 
-def inflate(data: bytes, limit: int, window: int) -> bytes:
-    """``gzip`` and ``deflate``, told apart by zlib's window."""
-    return unfold(data, limit, lambda: zlib.decompressobj(window))
-
-
 def deflate_body(data: bytes, limit: int) -> bytes:
     """``deflate``: zlib's format, or, from some clients, the bare one."""
     try:
-        return inflate(data, limit, zlib.MAX_WBITS)
+        return unfold(data, limit, zlib.decompressobj)
     except zlib.error:
-        return inflate(data, limit, -zlib.MAX_WBITS)
+        return unfold(data, limit, partial(zlib.decompressobj, -zlib.MAX_WBITS))
 
 
 def zstd_body(data: bytes, limit: int) -> bytes:
@@ -4703,8 +4698,7 @@ def zstd_body(data: bytes, limit: int) -> bytes:
 
 
 DECODERS: Mapping[str, Callable[[bytes, int], bytes]] = {
-    "gzip": partial(inflate, window=zlib.MAX_WBITS | 16),
-    "x-gzip": partial(inflate, window=zlib.MAX_WBITS | 16),
+    **dict.fromkeys(("gzip", "x-gzip"), partial(unfold, decoder=partial(zlib.decompressobj, zlib.MAX_WBITS | 16))),
     "deflate": deflate_body,
     **({"zstd": zstd_body} if sys.version_info >= (3, 14) else {}),
 }
