@@ -3456,7 +3456,6 @@ class Endpoint:
         frames: turns LiteLLM's stream into server-sent events, or Ollama's lines; None: there are no streams.
         read: makes the parameters out of the request's body.
         write: makes content type and body out of LiteLLM's result and the model's name for the client.
-        adds_headers: LiteLLM sends no client headers on this route, or not to all providers: the session has to.
         imports: a module that LiteLLM imports with the first stream of this row.
     """
 
@@ -3465,7 +3464,6 @@ class Endpoint:
     frames: Callable[[Any, str, Tally], AsyncIterator[bytes]] | None = None
     read: Callable[[Request], dict[str, Any]] = lambda request: parse_json_object(request)
     write: Callable[[Any, str], tuple[str, bytes]] = lambda result, model: whole_answer(result, model)
-    adds_headers: bool = False
     imports: str = ""
 
 
@@ -3856,22 +3854,20 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
             imports="litellm.proxy.pass_through_endpoints.streaming_handler",
         )
     },
-    "/messages/count_tokens": {
-        "POST": Endpoint("count_tokens", {"messages": list}, write=count_answer, adds_headers=True)
-    },
+    "/messages/count_tokens": {"POST": Endpoint("count_tokens", {"messages": list}, write=count_answer)},
     "/responses": {"POST": Endpoint("aresponses", {"input": (str, list)}, response_frames)},
     "/responses/": {  # and a response's id
-        "GET": Endpoint("aget_responses", {"response_id": str}, adds_headers=True),
-        "DELETE": Endpoint("adelete_responses", {"response_id": str}, adds_headers=True),
+        "GET": Endpoint("aget_responses", {"response_id": str}),
+        "DELETE": Endpoint("adelete_responses", {"response_id": str}),
     },
     "/completions": {"POST": Endpoint("atext_completion", {"prompt": (str, list)}, text_frames)},
-    "/embeddings": {"POST": Endpoint("aembedding", {"input": (str, list)}, adds_headers=True)},
-    "/moderations": {"POST": Endpoint("amoderation", {"input": (str, list)}, adds_headers=True)},
-    "/images/generations": {"POST": Endpoint("aimage_generation", {"prompt": str}, adds_headers=True)},
-    "/rerank": {"POST": Endpoint("arerank", {"query": str, "documents": list}, adds_headers=True)},
-    "/audio/speech": {"POST": Endpoint("aspeech", {"input": str}, write=speech_answer, adds_headers=True)},
+    "/embeddings": {"POST": Endpoint("aembedding", {"input": (str, list)})},
+    "/moderations": {"POST": Endpoint("amoderation", {"input": (str, list)})},
+    "/images/generations": {"POST": Endpoint("aimage_generation", {"prompt": str})},
+    "/rerank": {"POST": Endpoint("arerank", {"query": str, "documents": list})},
+    "/audio/speech": {"POST": Endpoint("aspeech", {"input": str}, write=speech_answer)},
     "/audio/transcriptions": {
-        "POST": Endpoint("atranscription", {"file": tuple}, read=lambda request: parse_form(request), adds_headers=True)
+        "POST": Endpoint("atranscription", {"file": tuple}, read=lambda request: parse_form(request))
     },
     "/api/chat": {
         "POST": Endpoint("acompletion", {"messages": list}, ollama_frames, read=ollama_params, write=ollama_answer)
@@ -4307,14 +4303,17 @@ class SdkBackend:
     async def _call(
         self, endpoint: Endpoint, params: dict[str, Any], headers: dict[str, str], exchange: Exchange
     ) -> Any:
-        """What LiteLLM answers; the client's headers go with it, as an argument or by the session."""
+        """What LiteLLM answers; the client's headers go with it.
+
+        Of the routes without streams, LiteLLM sends them on none, or not to all providers: there the session has to.
+        """
         if endpoint.imports and params.get("stream") is True:
             await import_aside(endpoint.imports)
         call = getattr(self, endpoint.function, None) or getattr(self.router, endpoint.function)
-        if endpoint.adds_headers:
-            exchange.headers_to_add = headers
-            return await call(**params)
-        return await call(**params, headers=headers)
+        if endpoint.frames:
+            return await call(**params, headers=headers)
+        exchange.headers_to_add = headers
+        return await call(**params)
 
     def _failure(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """What the client is told of an exception out of LiteLLM."""
