@@ -2965,8 +2965,8 @@ class Exchange:
     """What the session saw while it served one client request; of several attempts, the last.
 
     ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
-    failed; ``status`` and ``headers`` are of an answer that came, and ``body`` is its body where its status is an
-    error's.
+    failed; ``status``, else 0, and ``headers`` are of an answer that came, and ``body`` is its body where its status is
+    an error's.
     ``alive``: some of the answer's body came; ``heard`` is the beginning of it, from the first piece on that is more
     than a stream's comments and pings.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
@@ -2978,7 +2978,7 @@ class Exchange:
     betas: str = ""
     sent: int = 0
     host: str = ""
-    status: int | None = None
+    status: int = 0
     headers: Headers = NO_HEADERS
     alive: bool = False
     heard: bytes = b""
@@ -2991,7 +2991,7 @@ class Exchange:
 
     def begin(self, host: str) -> None:
         """A request goes out: what an earlier attempt saw is forgotten."""
-        self.sent, self.host, self.status = self.sent + 1, host, None
+        self.sent, self.host, self.status = self.sent + 1, host, 0
         self.alive = self.connected = self.challenged = False
         self.headers, self.heard, self.body, self.fault = NO_HEADERS, b"", b"", None
 
@@ -3020,7 +3020,7 @@ class Exchange:
     @property
     def failed(self) -> bool:
         """Whether the provider could not be reached, broke off, or answered with an error."""
-        return self.fault is not None or (self.status or 0) >= 400
+        return self.fault is not None or self.status >= 400
 
 
 EXCHANGE: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
@@ -4324,8 +4324,8 @@ class SdkBackend:
             return ended_early() if silent else error
         if not exchange.sent and (keyless := self._keyless(model)):
             return keyless
-        if exchange.status and exchange.status >= 400:
-            return provider_failure(exchange, exchange.status, error)
+        if exchange.status >= 400:
+            return provider_failure(exchange, error)
         if broken := connection_status(exchange.fault or error):
             what = "did not answer in time" if broken == 504 else "could not be reached, or broke off"
             message = f"the provider {exchange.host or 'of ' + model} {what}: {plain_message(error)}"
@@ -4796,7 +4796,7 @@ def false_answer(exchange: Exchange) -> ProxyError | None:
     The page is no provider's own word: a host in front of it, such as Cloudflare's, answered; another side may get
     through.
     """
-    if not exchange.status or exchange.status >= 400:
+    if not 0 < exchange.status < 400:
         return None
     if page := provider_page(exchange):
         return ProxyError(502, page, blame=BACKEND)
@@ -4810,12 +4810,12 @@ def refuse_false_answer(exchange: Exchange) -> None:
         raise error
 
 
-def provider_failure(exchange: Exchange, status: int, error: Exception) -> ProxyError:
-    """The error that a provider has answered, of this status.
+def provider_failure(exchange: Exchange, error: Exception) -> ProxyError:
+    """The error that a provider has answered.
 
     The status is the truth: LiteLLM's classes blur some of them (a 403 of Anthropic's is its 500).
     """
-    headers = provider_headers(exchange)
+    status, headers = exchange.status, provider_headers(exchange)
     if exchange.challenged:
         refused = f"the host in front of the model refused us (Cloudflare challenge): {exchange.host} answered {status}"
         return ProxyError(status, refused, headers=headers, blame=PROVIDER)
