@@ -2734,7 +2734,9 @@ class Channel:
         if self._written - self._done > STREAM_HIGH_BYTES:
             await self.until_left(STREAM_LOW_BYTES)
         elif self._ready and self.loop.time() > self._due:
-            await self._next_turn()
+            import asyncio
+
+            await asyncio.sleep(0)  # the others' turn
 
     def put_now(self, item: Any) -> None:
         """Hand over an item that is small."""
@@ -2758,11 +2760,6 @@ class Channel:
             self._ready.clear()
             if rest is not None:
                 self._queue(rest)
-
-    async def _next_turn(self) -> None:
-        import asyncio
-
-        await asyncio.sleep(0)
 
     async def until_left(self, mark: int) -> None:
         """Wait until the reader is no more than so many bytes behind."""
@@ -2881,10 +2878,7 @@ class Bridge:
         self._thread.start()
 
     def _run(self) -> None:
-        import asyncio
-
         stay_home()
-        asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
         self.loop.run_until_complete(self._finish())
         self.loop.close()
