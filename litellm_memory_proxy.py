@@ -146,6 +146,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate, chain, groupby
 from logging.handlers import RotatingFileHandler
+from operator import attrgetter
 from pathlib import Path
 from queue import SimpleQueue
 from types import FunctionType
@@ -4005,12 +4006,9 @@ class SdkRuntime:
             ]
             await asyncio.gather(*calls, return_exceptions=True)
         self.session.forget(PROOF_COOKIE)
-        lost = [path for path, passed in seen.items() if not passed]
-        if lost:
-            version = version_of("litellm")
-            self.session.fault = (
-                f"LiteLLM {version} loses cookies on its way to {', '.join(lost)}: hosts that demand one will refuse"
-            )
+        if lost := ", ".join(path for path, passed in seen.items() if not passed):
+            loses = f"LiteLLM {version_of('litellm')} loses cookies on its way to {lost}"
+            self.session.fault = f"{loses}: hosts that demand one will refuse"
             self.log.event("CRITICAL", "session", "cookies_lost", message=self.session.fault)
 
     def close(self) -> None:
@@ -4081,8 +4079,7 @@ class SdkBackend:
         for path, rows in ENDPOINTS.items():
             for endpoint in rows.values():
                 if not (hasattr(made, endpoint.function) or hasattr(self, endpoint.function)):
-                    version = version_of("litellm")
-                    raise StartError(f"LiteLLM {version} has no Router.{endpoint.function}, needed for {path}")
+                    raise litellm_lacks(f"Router.{endpoint.function}", path)
         return made
 
     def _is_counting(self) -> bool:
@@ -4493,12 +4490,9 @@ def import_litellm(log: Log) -> Any:
         raise StartError(f"sdk mode needs LiteLLM ({error}): pip install litellm") from None
     for module, attribute, purpose in LITELLM_INTERNALS:
         try:
-            found: Any = import_module(module)
-            for part in attribute.split("."):
-                found = getattr(found, part)
+            attrgetter(attribute)(import_module(module))
         except (ImportError, AttributeError):
-            version = version_of("litellm")
-            raise StartError(f"LiteLLM {version} has no {module}.{attribute}, needed for {purpose}") from None
+            raise litellm_lacks(f"{module}.{attribute}", purpose) from None
     absent = [name for name in LITELLM_UNDECLARED if find_spec(name) is None]
     if absent:
         hint = f"LiteLLM needs more for /v1/messages, /v1/responses and tools: pip install {' '.join(absent)}"
@@ -4535,6 +4529,11 @@ async def import_aside(module: str) -> None:
     if module not in sys.modules:
         with contextlib.suppress(ImportError):  # another version of LiteLLM: it says so where it needs the module
             await asyncio.to_thread(import_module, module)
+
+
+def litellm_lacks(what: str, purpose: str) -> StartError:
+    """The error of a LiteLLM without something that this program needs."""
+    return StartError(f"LiteLLM {version_of('litellm')} has no {what}, needed for {purpose}")
 
 
 def version_of(distribution: str) -> str:
