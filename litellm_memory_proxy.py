@@ -4461,11 +4461,7 @@ JSON_TYPES = {list: "array", int: "number", str: "string", dict: "object", bool:
 # Fields that LiteLLM takes apart itself, with the JSON types that it does not check.
 OPTIONAL_SHAPE = {
     "stream": bool,
-    "stream_options": dict,
-    "metadata": dict,
-    "litellm_metadata": dict,
-    "extra_body": dict,
-    "cache": dict,
+    **dict.fromkeys("stream_options metadata litellm_metadata extra_body cache".split(), dict),
     "tools": list,
 }
 
