@@ -3018,7 +3018,7 @@ class Exchange:
         return self.fault is not None or self.status >= 400
 
 
-EXCHANGE: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
+EXCHANGE: ContextVar[Exchange] = ContextVar("exchange")  # LiteLLM's own requests, beside those of clients, have none
 
 
 class Session:
@@ -3112,7 +3112,7 @@ class Session:
         """
         import httpx
 
-        exchange = EXCHANGE.get() or Exchange()
+        exchange = EXCHANGE.get(None) or Exchange()
         for name, value in exchange.headers_to_add.items():
             request.headers.setdefault(name, value)
         own = "cookie" in request.headers  # the config names a cookie itself
@@ -3283,7 +3283,7 @@ def connection_trace() -> Any:
     import aiohttp
 
     async def connected(*_: Any) -> None:
-        if exchange := EXCHANGE.get():
+        if exchange := EXCHANGE.get(None):
             exchange.connected = True
 
     trace = aiohttp.TraceConfig()
@@ -3506,7 +3506,7 @@ async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
         tally.add(getattr(part, "usage", None))
         yield part
     exchange = EXCHANGE.get()
-    if silent and exchange and exchange.alive and not re.search("stream|ndjson", exchange.headers.get("content-type")):
+    if silent and exchange.alive and not re.search("stream|ndjson", exchange.headers.get("content-type")):
         said = f"{exchange.host} answered with no stream, but with {sent_text(exchange.heard)}"
         raise ProxyError(502, said, blame=PROVIDER)
 
@@ -4386,7 +4386,7 @@ class SdkBackend:
         model = configured["model"]
         provider = configured.get("custom_llm_provider")
         exchange = EXCHANGE.get()
-        if exchange and isinstance(configured.get("extra_headers"), dict):
+        if isinstance(configured.get("extra_headers"), dict):
             exchange.headers_to_add = {**exchange.headers_to_add, **configured["extra_headers"]}
         return await self._litellm.acount_tokens(
             model=f"{provider}/{model}" if provider else model,
