@@ -3058,10 +3058,12 @@ class Session:
         """How many cookies the jar holds."""
         return len(self._jar)
 
-    def install(self, transports: Iterable[type]) -> None:
-        """Make these httpx transport classes, synchronous or asynchronous, send through this session."""
+    def install(self, litellm_transport: type) -> None:
+        """Make the classes of transports send through this session: LiteLLM's own over aiohttp, and httpx's two."""
+        import httpx
+
         look_for_cookies_where_some_are_set()
-        for transport in transports:
+        for transport in (litellm_transport, httpx.AsyncHTTPTransport, httpx.HTTPTransport):
             for name, wrap in (("handle_async_request", self._asynchronous), ("handle_request", self._synchronous)):
                 if name in vars(transport):
                     setattr(transport, name, wrap(vars(transport)[name]))
@@ -3958,7 +3960,7 @@ class SdkRuntime:
         self.bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
         # Of LiteLLM's settings, those that a config has changed or that LiteLLM changes itself.
         self._defaults: dict[str, Any] = {name: list(getattr(self.litellm, name)) for name in CALLBACK_LISTS}
-        session.install(http_transports())
+        session.install(self.litellm.llms.custom_httpx.aiohttp_transport.LiteLLMAiohttpTransport)
         self.bridge.start()
 
     def apply_settings(self, config: Config) -> None:
@@ -4537,14 +4539,6 @@ def version_of(distribution: str) -> str:
     from importlib.metadata import version
 
     return version(distribution)
-
-
-def http_transports() -> list[type]:
-    """The transport classes through which LiteLLM's requests go out: its own over aiohttp, and httpx's two."""
-    import httpx
-    from litellm.llms.custom_httpx.aiohttp_transport import LiteLLMAiohttpTransport
-
-    return [LiteLLMAiohttpTransport, httpx.AsyncHTTPTransport, httpx.HTTPTransport]
 
 
 def unshared(value: Any) -> Any:
