@@ -4038,10 +4038,8 @@ class SdkBackend:
         self._config, self._runtime, self._log = config, runtime, runtime.log
         self._litellm, self._bridge, self.session = runtime.litellm, runtime.bridge, runtime.session
         self._own_params = frozenset(self._litellm.types.utils.all_litellm_params) | FORBIDDEN_PARAMS
-        sections = (config.section("router_settings"), config.section("litellm_settings"))
-        self._has_fallbacks = any(
-            str(name).endswith("fallbacks") and value for s in sections for name, value in s.items()
-        )
+        settings = (*config.section("router_settings").items(), *config.section("litellm_settings").items())
+        self._has_fallbacks = any(str(name).endswith("fallbacks") and value for name, value in settings)
         self.router: Any
         self.missing_keys: Mapping[str, str]
         self._counting: bool
