@@ -3642,21 +3642,16 @@ async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterato
 
 # Whole answers as the events of a stream, for what LiteLLM does not stream itself.
 
-EMPTY_BLOCKS: Mapping[str, Mapping[str, Any]] = {
-    "text": {"text": ""},
-    "thinking": {"thinking": "", "signature": ""},
-    "tool_use": {"input": {}},
-}
 
-
-def block_deltas(block: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What fills an empty block of Anthropic's again."""
+def emptied(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A block of Anthropic's as it begins, empty, and the deltas that fill it again."""
     if block["type"] == "text":
-        return [{"type": "text_delta", "text": piece} for piece in halves(block["text"])]
+        return {**block, "text": ""}, [{"type": "text_delta", "text": piece} for piece in halves(block["text"])]
     if block["type"] == "thinking":
         thinking = {"type": "thinking_delta", "thinking": block["thinking"]}
-        return [thinking, {"type": "signature_delta", "signature": block["signature"]}]
-    return [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
+        signature = {"type": "signature_delta", "signature": block["signature"]}
+        return {**block, "thinking": "", "signature": ""}, [thinking, signature]
+    return {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -3670,8 +3665,9 @@ def message_events(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"type": "message_start", "message": {**document, "content": [], "stop_reason": None}}
     yield {"type": "ping"}
     for index, block in enumerate(document["content"]):
-        yield {"type": "content_block_start", "index": index, "content_block": {**block, **EMPTY_BLOCKS[block["type"]]}}
-        for delta in block_deltas(block):
+        empty, deltas = emptied(block)
+        yield {"type": "content_block_start", "index": index, "content_block": empty}
+        for delta in deltas:
             yield {"type": "content_block_delta", "index": index, "delta": delta}
         yield {"type": "content_block_stop", "index": index}
     end = {name: document.get(name) for name in ("stop_reason", "stop_sequence")}
