@@ -3117,21 +3117,19 @@ class Session:
         exchange = EXCHANGE.get(None) or Exchange()
         for name, value in exchange.headers_to_add.items():
             request.headers.setdefault(name, value)
-        own = "cookie" in request.headers  # the config names a cookie itself
-        cookie = request.headers.get("cookie") if own else self._cookie_for(request.url)
         if exchange.betas and "anthropic-version" in request.headers:
             request.headers["anthropic-beta"] = merge_tokens(request.headers.get("anthropic-beta", ""), exchange.betas)
+        own = "cookie" in request.headers  # the config names a cookie itself
+        if not own:
+            self._set_cookie(request)
         for last in (False, True):
-            if cookie:
-                request.headers["cookie"] = cookie
             response = await self._sent(request, attempt, exchange)
             exchange.answered(response)
             response.request = request
             self._keep_cookies(response)
             if not is_challenge(response):
                 break
-            sent, cookie = cookie, self._cookie_for(request.url)
-            if last or own or cookie == sent or not isinstance(request.stream, httpx.ByteStream):
+            if last or own or not isinstance(request.stream, httpx.ByteStream) or not self._set_cookie(request):
                 exchange.challenged = True
                 response = httpx.Response(400, json={"error": {"message": "Cloudflare challenge"}}, request=request)
                 break
@@ -3154,16 +3152,13 @@ class Session:
                     raise
         raise AssertionError  # the second attempt returns or raises
 
-    def _cookie_for(self, url: httpx.URL) -> str | None:
-        """The Cookie header that belongs to a request for this URL, or None."""
+    def _set_cookie(self, request: httpx.Request) -> bool:
+        """Give a request the Cookie header that belongs to it, or none; returns whether that is another than before."""
         if not self.cookie_count:  # most hosts hand out none, and the jar takes 2 % of a call to say so
-            return None
-        import httpx
-
-        request = httpx.Request("GET", url)
+            return False
+        before = request.headers.pop("cookie", None)
         self._cookies.set_cookie_header(request)
-        header: str | None = request.headers.get("cookie")
-        return header
+        return bool(request.headers.get("cookie") != before)
 
     def _keep_cookies(self, response: httpx.Response) -> None:
         """Take the answer's cookies; the clients above keep jars of their own, and must see none: one is the truth."""
