@@ -3630,9 +3630,8 @@ async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterato
         tally.add(getattr(response, "usage", None))
         if getattr(response, "model", None):
             part = part.model_copy(update={"response": response.model_copy(update={"model": model})})
-        yield sse_event(
-            part.model_dump_json(exclude_none=True, exclude_unset=True), str(getattr(part.type, "value", part.type))
-        )
+        kind = str(getattr(part.type, "value", part.type))
+        yield sse_event(part.model_dump_json(exclude_none=True, exclude_unset=True), kind)
 
 
 # Whole answers as the events of a stream, for what LiteLLM does not stream itself.
@@ -4181,9 +4180,8 @@ class SdkBackend:
         LiteLLM keeps it from providers that do not know ``stream_options``, and counts by itself there.
         """
         wanted = params.get("stream_options") or {}
-        if endpoint.function != "acompletion" or params.get("stream") is not True:
-            return False
-        if wanted.get("include_usage") is True:
+        streams_chat = endpoint.function == "acompletion" and params.get("stream") is True
+        if not streams_chat or wanted.get("include_usage") is True:
             return False
         params["stream_options"] = {**wanted, "include_usage": True}
         return True
