@@ -3154,10 +3154,9 @@ class Session:
 
     def _set_cookie(self, request: httpx.Request) -> bool:
         """Give a request the Cookie header that belongs to it, or none; returns whether that is another than before."""
-        if not self.cookie_count:  # most hosts hand out none, and the jar takes 2 % of a call to say so
-            return False
         before = request.headers.pop("cookie", None)
-        self._cookies.set_cookie_header(request)
+        if self.cookie_count:  # most hosts hand out none, and the jar takes 2 % of a call to say so
+            self._cookies.set_cookie_header(request)
         return bool(request.headers.get("cookie") != before)
 
     def _keep_cookies(self, response: httpx.Response) -> None:

@@ -3044,6 +3044,24 @@ def test_a_challenge_that_stays_is_a_clear_error(
     assert len(provider.got) == (2 if kind == "again" else 1)
 
 
+@pytest.mark.parametrize("other", ["", "other=1; Path=/"])
+def test_a_challenge_that_takes_a_cookie_back_is_met_without_it(provider: Provider, other: str) -> None:
+    given = "stale=1; Path=/" + (f"\r\nset-cookie: {other}" if other else "")
+    taken = challenge("-")
+    taken.headers["set-cookie"] = "stale=; Path=/; Max-Age=0"
+
+    def script(got: Got) -> Reply:
+        if len(provider.got) == 1:
+            return Reply(usual_answer(got).body, headers={"set-cookie": given})
+        return taken if "stale" in (got.header("cookie") or "") else usual_answer(got)
+
+    provider.script = script
+    running = Proxy(config_for(provider))
+    assert [running.chat().status_code for _ in range(2)] == [200, 200]
+    assert [got.header("cookie") for got in provider.got][2:] == [other.partition(";")[0] or None]
+    assert running.stop() == 0
+
+
 def test_odd_cookies_do_no_harm(provider: Provider, tmp_path: Path) -> None:
     running = Proxy(config_for(provider), "--cookie-file", str(tmp_path / "cookies"))
     assert "proof" not in (tmp_path / "cookies").read_text()
