@@ -7114,10 +7114,11 @@ def set_use_sdk(path: str, value: bool) -> None:
         StartError: the file cannot be read or written, or the setting comes from a file that it includes.
     """
     wanted = dict(read_config(path).config.written)
+    for where in ("general_settings", "general_settings.experimental"):
+        if not isinstance(value_at(wanted, where) or {}, dict):
+            raise StartError(f"{path}: {where} must be a mapping")
     general = wanted.get("general_settings") or {}
-    experimental = general.get("experimental") or {} if isinstance(general, dict) else None
-    if not isinstance(experimental, dict):
-        raise StartError(f"{path}: general_settings.experimental must be a mapping")
+    experimental = general.get("experimental") or {}
     wanted["general_settings"] = {**general, "experimental": {**experimental, "use_sdk_proxy": value}}
     real = Path(path).resolve()
     part = real.with_name(f"{real.name}.{os.getpid()}.part")

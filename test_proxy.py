@@ -5674,6 +5674,18 @@ def test_a_config_that_cannot_be_changed_safely_is_left_alone(tmp_path: Path, te
     assert path.read_text() == text and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("general_settings: [1]", "general_settings"),
+        ("general_settings: {experimental: 5}", "general_settings.experimental"),
+    ],
+)
+def test_a_switch_that_finds_no_mapping_names_its_key(tmp_path: Path, text: str, key: str) -> None:
+    with pytest.raises(proxy.StartError, match=f"config.yaml: {key} must be a mapping"):
+        proxy.set_use_sdk(write_config(tmp_path, text), True)
+
+
 CALLBACK = """\
 from litellm.integrations.custom_logger import CustomLogger
 handler = CustomLogger()
