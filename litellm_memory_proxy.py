@@ -7802,14 +7802,15 @@ def both_modes(document: Mapping[str, Any], environment: Mapping[str, str]) -> I
 
 
 # One mode's program: this module, and a watch over the pipe that the comparison holds and never writes to, so that the
-# read returns when the comparison is gone, however it went.
+# read returns when the comparison is gone, however it went; what is left of it, its folder, goes too.
 MODE_PROGRAM = """\
-import os, runpy, signal, sys, threading
+import os, runpy, shutil, signal, sys, threading
+_, folder, *sys.argv = sys.argv
 def watch():
     os.read(0, 1)
+    shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
 threading.Thread(target=watch, daemon=True).start()
-del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -7819,10 +7820,10 @@ class ModeProcess:
 
     def __init__(self, mode: str, config: Path, environment: Mapping[str, str]) -> None:
         self._output, self._log = config.with_name(f"{mode}.out"), config.with_name(f"{mode}.log")
-        ports = ["--port", "0", "--litellm-port", str(free_port(0))]
+        arguments = ["--mode", mode, "--config", str(config), "--port", "0", "--litellm-port", str(free_port(0))]
         with self._output.open("wb") as output, self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", MODE_PROGRAM, __file__, "--mode", mode, "--config", str(config), *ports],
+                [sys.executable, "-c", MODE_PROGRAM, str(config.parent), __file__, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=log,
