@@ -8085,7 +8085,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--run-both", dest="mode", action="store_const", const="both", help="the same as --mode both")
     config = os.environ.get("CONFIG_PATH") or "config.yaml"
     file = "a LiteLLM config file (default: CONFIG_PATH, else config.yaml)"
-    add("--config", metavar="PATH", default=config, help=file)
+    add("--config", metavar="PATH", type=path_option, default=config, help=file)
     add("--host", metavar="ADDR", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
     port = f"the port to listen on (default: PROXY_PORT, else {DEFAULT_PORT})"
     add("--port", metavar="N", type=port_number, help=port)
@@ -8141,6 +8141,13 @@ def number_in(allowed: range, text: str, kind: str) -> int:
         if (number := int(text)) in allowed:
             return number
     raise argparse.ArgumentTypeError(f"{text!r} is no {kind}")
+
+
+def path_option(text: str) -> str:
+    """An argparse type: the path of a file; an empty one would be that of the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
 
 
 def host_option(text: str) -> str:

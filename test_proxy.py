@@ -748,6 +748,12 @@ def test_an_option_that_is_no_number_says_what_it_wants(
     assert f"argument {option}: {text!r} is no {kind}\n" in capsys.readouterr().err
 
 
+def test_an_empty_path_of_the_config_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        proxy.main(["check", "--config", ""])
+    assert capsys.readouterr().err.endswith("error: argument --config: the path is empty\n")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
