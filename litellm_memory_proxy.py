@@ -6671,9 +6671,9 @@ class Settings:
         return self.mode != "binary"
 
     @property
-    def ports(self) -> tuple[tuple[int, bool], ...]:
-        """Each port with whether this mode listens on it."""
-        return (self.port, True), (self.sdk_port, self.mode == "both"), (self.litellm_port, self.needs_server)
+    def ports(self) -> dict[str, int]:
+        """The port of each front: of "main", and under --mode both of "sdk"."""
+        return {"main": self.port, **({"sdk": self.sdk_port} if self.mode == "both" else {})}
 
     def primary_side(self, config: Config) -> str:
         """Which side serves the main port; under --mode both the config says so, and may change it."""
@@ -6747,16 +6747,17 @@ class Program:
         self._complete = config  # the last one by which all sides served
         self._coming: LitellmServer | None = None  # the server of a config that waits for it
         self._secrets: frozenset[str] = frozenset()  # of every config so far
-        self._fronts: list[tuple[str, Front]] = []  # "main" or "sdk"
+        self._fronts: dict[str, Front] = {}  # as in `Settings.ports`
         self._lock = threading.Lock()  # one change of the sides at a time
         self._loads = 0
 
     def start(self) -> None:
         """Bring everything up and print the ``ready:`` lines; raises StartError."""
         settings, config = self._settings, self._sides.config
-        plan = [("main", settings.port), *([("sdk", settings.sdk_port)] if settings.mode == "both" else [])]
-        for role, port in plan:  # first of all: a port that is taken is not to be found out after LiteLLM was loaded
-            self._fronts.append((role, self._front(role, port)))
+        for role, port in settings.ports.items():  # first: a taken one is not to be found out after LiteLLM was loaded
+            application = Application(self._metrics, self._log, settings.access)
+            with listening(settings.host, port, PORT_OPTIONS[role]):
+                self._fronts[role] = Front((settings.host, port), application, self._log, settings.limits)
         server = LitellmServer(config, settings.litellm_port, self._log) if settings.needs_server else None
         binary = self._binary(config, server)  # before LiteLLM is loaded, too: a wrong --litellm-url
         if server:
@@ -6772,7 +6773,7 @@ class Program:
         gc.collect()
         gc.freeze()  # what is loaded now stays: a collector that looked through it again would stop us for 0.3 s
         gc.set_threshold(*COLLECT_AFTER)
-        for role, front in self._fronts:
+        for role, front in self._fronts.items():
             with listening(settings.host, front.server_port, PORT_OPTIONS[role]):
                 front.start()
         if server and self._sides.primary == "binary":
@@ -6794,17 +6795,11 @@ class Program:
         url = server.url if server else self._settings.litellm_url
         return BinaryBackend(config, Pool(Upstream(url)), server) if url else None
 
-    def _front(self, role: str, port: int) -> Front:
-        settings = self._settings
-        application = Application(self._metrics, self._log, settings.access)
-        with listening(settings.host, port, PORT_OPTIONS[role]):
-            return Front((settings.host, port), application, self._log, settings.limits)
-
     def _install(self, new: Sides) -> Sides:
         """Serve the next requests by these sides; returns those before."""
         old, self._sides = self._sides, new
         self._breaker.configure(*new.config.breaker)
-        for role, front in self._fronts:
+        for role, front in self._fronts.items():
             front.application.serving = self._for_front(role)
         if old.sdk and new.sdk and old.sdk.router is not new.sdk.router:
             old.sdk.close()
@@ -6824,7 +6819,7 @@ class Program:
 
     def _serving(self) -> dict[str, str]:
         """Front URL → the side that serves it."""
-        return {front.url: self._sides.primary if role == "main" else role for role, front in self._fronts}
+        return {front.url: self._sides.primary if role == "main" else role for role, front in self._fronts.items()}
 
     def _breaker_changed(self, old: State, new: State) -> None:
         level, message = BREAKER_NEWS[old, new]
@@ -6833,7 +6828,7 @@ class Program:
     def _samples(self) -> Figures:
         """What the backends and the program itself add to the metrics."""
         sides = self._sides
-        found: Figures = {"client_connections": {(): sum(front.connections.count for _, front in self._fronts)}}
+        found: Figures = {"client_connections": {(): sum(front.connections.count for front in self._fronts.values())}}
         found.update(sides.sdk.samples() if sides.sdk else {})
         found.update(sides.binary.samples() if sides.binary else {})
         if sides.server:
@@ -6970,7 +6965,7 @@ class Program:
     def guide(self) -> list[str]:
         """What a user needs to know next, line by line."""
         config = self._sides.config
-        url = self._fronts[0][1].url
+        url = self._fronts["main"].url
         missing = self._sides.sdk.missing_keys if self._sides.sdk else config.missing_keys
         mappings = config.mappings
         usable = next((name for name in config.model_names if name not in missing), config.model_names[0])
@@ -6992,7 +6987,7 @@ class Program:
 
     def stop(self) -> None:
         """Let what is in flight end, then close everything."""
-        drains = [threading.Thread(target=front.drain) for _, front in self._fronts if front.running]
+        drains = [threading.Thread(target=front.drain) for front in self._fronts.values() if front.running]
         for thread in drains:
             thread.start()
         for thread in drains:
@@ -8200,7 +8195,8 @@ def settle(arguments: argparse.Namespace, config: Config) -> Settings:
             is_loopback(arguments.host.lower()), frozenset(arguments.allow_host), frozenset(arguments.allow_origin)
         ),
     )
-    taken = [number for number, used in settings.ports if used and number]
+    ports = [*settings.ports.values(), *([settings.litellm_port] if settings.needs_server else [])]
+    taken = [number for number in ports if number]  # 0: the system chooses
     if len(set(taken)) < len(taken):
         raise StartError(f"--port, --sdk-port and --litellm-port must differ, not {', '.join(map(str, taken))}")
     return settings
