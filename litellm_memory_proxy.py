@@ -6842,28 +6842,24 @@ class Program:
 
     def reload(self) -> None:
         """Read the config again, and serve the next requests by it; one that cannot be used changes nothing."""
-
-        def read_again() -> None:
+        with self._changing():
             config = load_config(self._sides.config.path, self._given)
             refuse_open_bind(self._settings, config)
             self._take_over(config)
 
-        self._change(read_again)
-
-    def _change(self, change: Callable[[], None]) -> None:
-        """Make one change of the sides; where it fails, say why."""
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """For one change of the sides at a time; where it fails, that is said, and all goes on."""
         try:
             with self._lock:
-                change()
-        except ConfigError as error:
-            self._refused([str(problem) for problem in error.problems])
+                yield
         except StartError as error:
-            self._refused([str(error)])
+            self._refused(error.problems if isinstance(error, ConfigError) else [error])
         except Exception as error:  # a defect must not take down what works
-            self._refused([str(defect(error, "-", self._log))])
+            self._refused([defect(error, "-", self._log)])
 
-    def _refused(self, problems: Sequence[str]) -> None:
-        problems = [self._log.redact(problem) for problem in problems]
+    def _refused(self, reasons: Iterable[object]) -> None:
+        problems = [self._log.redact(str(reason)) for reason in reasons]
         for problem in problems:
             message = f"the config is not taken over, the old one stays: {problem}"
             self._log.event("ERROR", "config", "refused", message=message)
@@ -6931,8 +6927,7 @@ class Program:
             new.server.wait(lambda: self._stopped() or self._loads != reading)
         except StartError as error:
             fault = error
-
-        def conclude() -> None:
+        with self._changing():
             if self._stopped() or self._loads != reading:
                 return
             if fault:
@@ -6940,8 +6935,6 @@ class Program:
                 raise fault
             self._coming = None
             self._switch(new)
-
-        self._change(conclude)
 
     def _switch(self, new: Sides) -> None:
         """Serve by these sides, all of them ready; say so, and let go of the old ones once their requests are done."""
