@@ -8113,17 +8113,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add("--url", metavar="URL", help="the proxy to call (default: the one on this machine, at --port)")
 
 
-def positive_number(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    return number_in(range(1, sys.maxsize), text, "whole number from 1")
-
-
-def port_number(text: str) -> int:
-    """An argparse type: 0 to 65535; 0 lets the system choose."""
-    return number_in(range(65536), text, "port (0 to 65535)")
-
-
-def number_in(allowed: range, text: str, kind: str) -> int:
+def number_in(allowed: range, kind: str, text: str) -> int:
     """The number that is written there; raises argparse.ArgumentTypeError where it is none of these."""
     with contextlib.suppress(ValueError):
         if (number := int(text)) in allowed:
@@ -8131,22 +8121,27 @@ def number_in(allowed: range, text: str, kind: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is no {kind}")
 
 
+# Types of argparse's, as are the functions that follow.
+positive_number = partial(number_in, range(1, sys.maxsize), "whole number from 1")
+port_number = partial(number_in, range(65536), "port (0 to 65535)")  # 0 lets the system choose
+
+
 def path_option(text: str) -> str:
-    """An argparse type: the path of a file; an empty one would be that of the working directory."""
+    """The path of a file; an empty one would be that of the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return text
 
 
 def host_option(text: str) -> str:
-    """An argparse type: a host name without a port, or ``*``."""
+    """A host name without a port, or ``*``."""
     if text != "*" and host_name(text) != text.lower().strip("[]"):
         raise argparse.ArgumentTypeError(f"{text!r} is no host name (without a port)")
     return text.lower().strip("[]")
 
 
 def origin_option(text: str) -> str:
-    """An argparse type: ``scheme://host[:port]``, ``null`` or ``*``."""
+    """``scheme://host[:port]``, ``null`` or ``*``."""
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+/?|null|\*", text.lower()):
         raise argparse.ArgumentTypeError(f"{text!r} is no origin (https://host or https://host:port)")
     return text.lower().rstrip("/")
