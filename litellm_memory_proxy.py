@@ -6986,8 +6986,7 @@ class Program:
         for thread in drains:
             thread.join()
         with self._lock:
-            sides = self._sides
-            coming = self._coming
+            sides, coming = self._sides, self._coming
         if sides.binary:
             sides.binary.pool.close()
         if self._runtime:
@@ -7076,14 +7075,11 @@ class PidFile:
 
 def running_proxy(config_path: str) -> tuple[int, dict[str, Any]] | None:
     """Process id and status of the proxy that runs with this config, or None."""
-    try:
-        with Path(f"{config_path}.pid").open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(file.read()), published_status(config_path)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError), Path(f"{config_path}.pid").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(file.read()), published_status(config_path)
     return None
 
 
@@ -8243,11 +8239,8 @@ class Signals:
             signal.signal(number, signal.SIG_IGN)
 
 
-FileState = tuple[int, int, int]  # what changes with a file: its time in ns, its size in bytes, its inode
-
-
-def file_state(path: str) -> FileState | None:
-    """The state of a file; None where there is none."""
+def file_state(path: str) -> tuple[int, ...] | None:
+    """What changes with a file: its time in ns, its size in bytes, its inode; None where there is no file."""
     try:
         state = Path(path).stat()
     except (OSError, ValueError):  # ValueError: a name with a NUL
@@ -8260,10 +8253,10 @@ class Watch:
 
     def __init__(self, path: str) -> None:
         self._path, self._files = path, [path]
-        self._states: list[FileState | None] = []
+        self._states: list[tuple[int, ...] | None] = []
         self._seen = self._taken = self._look()
 
-    def _look(self) -> list[FileState | None]:
+    def _look(self) -> list[tuple[int, ...] | None]:
         """What the file system says of the config, its ``include`` files and its ``.env``."""
         while (states := [*map(file_state, self._files)]) != self._states:
             # Only then may others be included: to read 1,000 models takes 0.2 s.
