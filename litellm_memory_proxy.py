@@ -7589,6 +7589,7 @@ FEATURES = (
 )
 
 # What may differ: (features, differences, why), the first two as shell patterns.
+NO_MOCKED_STREAM = "LiteLLM's server streams no mock_response here"
 IGNORED: tuple[tuple[str, str, str], ...] = (
     ("*", "header x-supermemory-*only in sdk*", "provider headers keep their names in sdk mode"),
     ("*", "header retry-after only in sdk*", "Retry-After is kept in sdk mode"),
@@ -7618,13 +7619,9 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
     ("unknown *", "body*", "sdk mode answers in the dialect, and more clearly"),
     ("wrong method", "body*", "sdk mode answers in the dialect, and more clearly"),
     ("provider's 429*", "body*error*", "the provider's own words are kept in sdk mode"),
-    (
-        "*streamed*(mock_response)",
-        "content type: application/json / *",
-        "LiteLLM's server streams no mock_response here",
-    ),
-    ("*streamed*(mock_response)", "* only in *", "LiteLLM's server streams no mock_response here"),
-    ("responses, streamed*(mock_response)", "status: 500 / 200", "LiteLLM's server streams no mock_response here"),
+    ("*streamed*(mock_response)", "content type: application/json / *", NO_MOCKED_STREAM),
+    ("*streamed*(mock_response)", "* only in *", NO_MOCKED_STREAM),
+    ("responses, streamed*(mock_response)", "status: 500 / 200", NO_MOCKED_STREAM),
     ("count_tokens*(mock_response)", "status: * / 200", "LiteLLM's server asks a provider, which a mock does not have"),
     ("count_tokens*(mock_response)", "body*", "LiteLLM's server asks a provider, which a mock does not have"),
     ("provider unreachable", "status: 500 / 502", "502 for connection faults"),
@@ -7958,14 +7955,10 @@ def differences(binary: Mapping[str, Any], sdk: Mapping[str, Any]) -> Iterator[s
 
 def verdict(feature: str, found: Iterable[str]) -> str:
     """What is to be said of a feature with these differences."""
+    ignored = [(what, why) for name, what, why in IGNORED if fnmatch.fnmatchcase(feature, name)]
     reasons: dict[str, None] = {}
     for difference in found:
-        matching = (
-            why
-            for name, what, why in IGNORED
-            if fnmatch.fnmatchcase(feature, name) and fnmatch.fnmatchcase(difference, what)
-        )
-        reason = next(matching, None)
+        reason = next((why for what, why in ignored if fnmatch.fnmatchcase(difference, what)), None)
         if reason is None:
             return f"{DIFFERENT}: {difference}"
         reasons[reason] = None
