@@ -8391,10 +8391,10 @@ def check(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         return report(arguments.config, error.problems, [], Redactor(secrets_of(dict(os.environ))))
     config, problems = reading.config, every_problem(reading, arguments)
-    tables = [*model_table(reading), *memory_table(config.mappings)]
-    redact = Redactor(config.secrets)
+    models = aligned([(name, model, f"key {key}") for name, model, key in reading.deployments])
+    tables = ["models:", *models, f"memory ({config.mappings.inject_header}):", *memory_table(config.mappings)]
     found = f"{len(config.model_names)} models, {len(config.mappings.patterns)} patterns"
-    return report(config.path, problems, tables, redact, found)
+    return report(config.path, problems, tables, Redactor(config.secrets), found)
 
 
 def report(path: str, problems: Sequence[Problem], tables: Iterable[str], redact: Redactor, found: str = "") -> int:
@@ -8403,11 +8403,10 @@ def report(path: str, problems: Sequence[Problem], tables: Iterable[str], redact
         # One by one: the redaction would take what follows the key path of an api_key for the key.
         parts = filter(None, ("warning" if problem.warning else "error", problem.place, problem.message))
         say(printable(": ".join(map(redact, parts))))
-    for line in tables:
-        say(printable(redact(line)))
     warned = sum(problem.warning for problem in problems)
     wrong = len(problems) - warned
-    say(printable(redact(f"{path}: " + (f"{wrong} errors, {warned} warnings" if wrong else f"ok, {found}"))))
+    for line in (*tables, f"{path}: " + (f"{wrong} errors, {warned} warnings" if wrong else f"ok, {found}")):
+        say(printable(redact(line)))
     return 1 if wrong else 0
 
 
@@ -8422,11 +8421,6 @@ def every_problem(reading: Reading, arguments: argparse.Namespace) -> list[Probl
     return problems
 
 
-def model_table(reading: Reading) -> list[str]:
-    """The lines of a table of deployments: name, what it calls, and whether its keys are there."""
-    return ["models:", *aligned([(name, model, f"key {key}") for name, model, key in reading.deployments])]
-
-
 def memory_table(mappings: Mappings) -> list[str]:
     """The lines of a table of what leads to which memory, in the order in which it is looked at."""
     rows = [(mappings.custom_header, "ID", "->", "ID", "")] if mappings.custom_header else []
@@ -8436,7 +8430,7 @@ def memory_table(mappings: Mappings) -> list[str]:
         gets = f" and gives {user_id}" if user_id not in ("", pattern.user_id) else ""
         rows.append((pattern.header, pattern.pattern, "->", pattern.user_id, example + gets))
     rows.append(("anyone else", "", "->", mappings.default_user_id, ""))
-    return [f"memory ({mappings.inject_header}):", *aligned(rows)]
+    return aligned(rows)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
