@@ -8137,33 +8137,27 @@ def origin_option(text: str) -> str:
 
 
 def settle(arguments: argparse.Namespace, config: Config) -> Settings:
-    """Decide the mode and the ports.
-
-    Raises:
-        StartError: a value of the environment or the config is unusable.
-    """
+    """Decide the mode and the ports; raises StartError where the environment's or the config's are unusable."""
     experimental = config.experimental
     use_sdk = str(config.environment.get("USE_SDK_PROXY") or experimental.get("use_sdk_proxy"))
     modes = {"true": "sdk", "false": "binary", "none": "sdk"}  # None: nobody says
     if use_sdk.lower() not in modes:
         raise StartError(f"USE_SDK_PROXY / use_sdk_proxy must be true or false, not {use_sdk!r}")
     mode = arguments.mode or modes[use_sdk.lower()]
-    fallback = experimental.get("sdk_proxy_port" if mode == "sdk" else "binary_proxy_port")
-
-    def port(given: int | None, *others: Any) -> int:
-        if given is not None:
-            return given
-        text = next(str(other) for other in others if other)
+    port, sdk_port = arguments.port, arguments.sdk_port
+    if port is None:
+        configured = experimental.get("sdk_proxy_port" if mode == "sdk" else "binary_proxy_port")
         try:
-            return port_number(text)
-        except argparse.ArgumentTypeError as error:  # the config's own ports have been checked
+            port = port_number(str(config.environment.get("PROXY_PORT") or configured or DEFAULT_PORT))
+        except argparse.ArgumentTypeError as error:  # the config's own have been checked
             raise StartError(f"PROXY_PORT: {error}") from None
-
+    if sdk_port is None:
+        sdk_port = experimental.get("sdk_proxy_port") or DEFAULT_SDK_PORT
     settings = Settings(
         mode=mode,
         host=arguments.host,
-        port=port(arguments.port, config.environment.get("PROXY_PORT"), fallback, DEFAULT_PORT),
-        sdk_port=port(arguments.sdk_port, experimental.get("sdk_proxy_port"), DEFAULT_SDK_PORT),
+        port=port,
+        sdk_port=sdk_port,
         litellm_url=arguments.litellm_url,
         litellm_port=arguments.litellm_port,
         cookie_file=arguments.cookie_file,
