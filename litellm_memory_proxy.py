@@ -7182,8 +7182,7 @@ class Failed(Exception):
         self.kind = kind
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What a load test calls, and the request that it sends each time; ``tls`` is None for plain HTTP."""
 
     url: str
@@ -7237,8 +7236,7 @@ def load_target(url: str, key: str | None, model: str, *, streamed: bool) -> Tar
     )
 
 
-@dataclass(frozen=True)
-class Answered:
+class Answered(NamedTuple):
     """What came of one request: the seconds to its end and to its first token; ``kind`` is "" where it succeeded."""
 
     seconds: float
@@ -7727,8 +7725,7 @@ class InsideHandler(LoopbackHandler):
             self.reply(200, "application/json", json.dumps(document).encode(), **memory)
 
 
-@dataclass(frozen=True)
-class Received:
+class Received(NamedTuple):
     """A request as the provider inside received it; the header names are in lower case."""
 
     path: str
