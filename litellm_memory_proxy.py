@@ -7755,12 +7755,9 @@ def inside_config(document: Mapping[str, Any], url: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def both_modes(document: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
-    """The two modes as processes with this config and this environment: mode → URL.
+    """The two modes as processes with this config and environment: mode → URL; raises StartError.
 
     The config is a copy: the files that a proxy keeps beside the user's own belong to the one that runs with it.
-
-    Raises:
-        StartError: one of them cannot start.
     """
     direct = {name: f"{environment.get(name, '')},127.0.0.1" for name in ("NO_PROXY", "no_proxy")}
     with tempfile.TemporaryDirectory(prefix="parity-") as folder, contextlib.ExitStack() as running:
@@ -7984,11 +7981,8 @@ def refuse_unknown(models: Sequence[str], config: Config) -> None:
 def compare_modes(config: Config, models: Sequence[str]) -> list[tuple[str, ...]]:
     """Start both modes, send each feature to both; returns the rows: feature, binary's status, sdk's, verdict.
 
-    Args:
-        models: real ones; none: the provider inside.
-
-    Raises:
-        StartError: a mode cannot start, or a model is not in the config.
+    Without ``models`` the provider is the one inside. Raises StartError where a mode cannot start, or a model is not
+    in the config.
     """
     refuse_unknown(models, config)
     key = config.master_key or f"sk-parity-{random.getrandbits(128):032x}"
