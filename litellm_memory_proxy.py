@@ -7245,34 +7245,29 @@ class Answered(NamedTuple):
     message: str = ""
 
 
-class Caller:
-    """One client: a connection that is kept alive, and opened anew after an error."""
+def load_call(target: Target, connection: http.client.HTTPConnection) -> Answered:
+    """Make one request, whatever comes of it; after an error the next one opens the connection anew."""
+    began = time.monotonic()
+    try:
+        first = load_exchange(target, connection, began + REQUEST_SECONDS)
+        return Answered(time.monotonic() - began, first and first - began)
+    except (Failed, OSError, http.client.HTTPException, UnicodeError) as error:
+        connection.close()
+        return Answered(time.monotonic() - began, kind=failure_kind(error), message=str(error)[:MAX_MESSAGE])
 
-    def __init__(self, target: Target) -> None:
-        self._target, self._connection = target, target.connection()
 
-    def call(self) -> Answered:
-        """Make one request, whatever comes of it."""
-        began = time.monotonic()
-        try:
-            first = self._exchange(began + REQUEST_SECONDS)
-            return Answered(time.monotonic() - began, first and first - began)
-        except (Failed, OSError, http.client.HTTPException, UnicodeError) as error:
-            self._connection.close()
-            return Answered(time.monotonic() - began, kind=failure_kind(error), message=str(error)[:MAX_MESSAGE])
-
-    def _exchange(self, deadline: float) -> float | None:
-        """Send the request and read its answer; returns when its first token came, by the monotonic clock."""
-        if self._connection.sock is None:
-            self._connection.connect()
-        sock = self._connection.sock  # http.client forgets it where the answer says that it will close
-        sock.settimeout(seconds_until(deadline))
-        self._connection.request("POST", self._target.path, self._target.body, self._target.headers)
-        with self._connection.getresponse() as response:
-            pieces = answer_pieces(response, sock, deadline, "stream" if self._target.streamed else "answer")
-            if response.status != HTTPStatus.OK:
-                raise Failed(f"HTTP {response.status}", error_text(b"".join(pieces)))
-            return read_stream(pieces) if self._target.streamed else read_answer(pieces)
+def load_exchange(target: Target, connection: http.client.HTTPConnection, deadline: float) -> float | None:
+    """Send the request and read its answer; returns when its first token came, by the monotonic clock."""
+    if connection.sock is None:
+        connection.connect()
+    sock = connection.sock  # http.client forgets it where the answer says that it will close
+    sock.settimeout(seconds_until(deadline))
+    connection.request("POST", target.path, target.body, target.headers)
+    with connection.getresponse() as response:
+        pieces = answer_pieces(response, sock, deadline, "stream" if target.streamed else "answer")
+        if response.status != HTTPStatus.OK:
+            raise Failed(f"HTTP {response.status}", error_text(b"".join(pieces)))
+        return read_stream(pieces) if target.streamed else read_answer(pieces)
 
 
 def failure_kind(error: BaseException) -> str:
@@ -7367,8 +7362,8 @@ class LoadRun:
 
     def start(self, target: Target, threads: int) -> list[threading.Thread]:
         """Begin, with so many requests at a time; raises StartError where the system has not that many threads."""
-        callers = [Caller(target) for _ in range(min(self.requests, threads))]
-        workers = [threading.Thread(target=self._work, args=(caller,), daemon=True) for caller in callers]
+        number = min(self.requests, threads)
+        workers = [threading.Thread(target=self._work, args=(target,), daemon=True) for _ in range(number)]
         try:
             for worker in workers:
                 worker.start()
@@ -7382,9 +7377,10 @@ class LoadRun:
         failed = len(self.failed)
         return len(self.good) + failed, failed
 
-    def _work(self, caller: Caller) -> None:
+    def _work(self, target: Target) -> None:
+        connection = target.connection()  # kept alive from one request to the next
         for _ in self._turns:
-            outcome = caller.call()
+            outcome = load_call(target, connection)
             if self.stopped:  # what was in flight no longer counts
                 return
             if outcome.kind:
