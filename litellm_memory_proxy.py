@@ -7218,17 +7218,17 @@ def load_target(url: str, key: str | None, model: str, *, streamed: bool) -> Tar
         raise StartError(f"--url must be http://HOST:PORT or https://…, not {url!r}")
     if key and not key.isprintable():
         raise StartError("the master key has characters that no header can carry")
-    base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1').rstrip('/')}"
+    prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     tls = ssl.create_default_context() if parts.scheme == "https" else None
     headers: dict[str, str | bytes] = {"Content-Type": "application/json", "User-Agent": "litellm_memory_proxy/load"}
     if key:
         headers["Authorization"] = b"Bearer " + key.encode()
     body = {"model": model, "messages": [{"role": "user", "content": LOAD_PROMPT}], "stream": streamed}
     return Target(
-        url=base,
+        url=f"{parts.scheme}://{parts.netloc}{prefix}",
         host=parts.hostname,
         port=(443 if tls else 80) if port is None else port,
-        path=urlsplit(base).path + LOAD_PATH,
+        path=prefix + LOAD_PATH,
         tls=tls,
         headers=headers,
         body=json.dumps(body).encode(),
