@@ -6749,7 +6749,7 @@ class Program:
         self._secrets: frozenset[str] = frozenset()  # of every config so far
         self._fronts: dict[str, Front] = {}  # as in `Settings.ports`
         self._lock = threading.Lock()  # one change of the sides at a time
-        self._loads = 0
+        self._readings = 0  # configs that were taken over, be it in part
 
     def start(self) -> None:
         """Bring everything up and print the ``ready:`` lines; raises StartError."""
@@ -6887,7 +6887,7 @@ class Program:
     def _take_over(self, config: Config) -> None:
         """Serve by a new config, as far as its backends are ready; raises StartError."""
         old, new = self._sides, self._sides_for(config)
-        self._loads += 1  # from here on, a switch of an earlier config that still waits is overtaken
+        self._readings += 1  # from here on, a switch of an earlier config that still waits is overtaken
         for warning in config.warnings:
             self._log.event("WARNING", "config", "warning", message=warning.message, place=warning.place)
         moves = new.primary == "binary" != old.primary
@@ -6898,7 +6898,7 @@ class Program:
         stays = old.primary if moves else new.primary
         binary = self._binary(config, old.server)
         self._install(replace(new, primary=stays, binary=binary, server=old.server, in_flight=old.in_flight))
-        threading.Thread(target=self._switch_later, args=(new, self._loads), name="switch", daemon=True).start()
+        threading.Thread(target=self._switch_later, args=(new, self._readings), name="switch", daemon=True).start()
 
     def _server_for(self, config: Config) -> LitellmServer | None:
         """The LiteLLM server of a config: the one that serves, or that is coming, where they read the same; or one
@@ -6924,11 +6924,11 @@ class Program:
         assert new.server
         fault: StartError | None = None
         try:
-            new.server.wait(lambda: self._stopped() or self._loads != reading)
+            new.server.wait(lambda: self._stopped() or self._readings != reading)
         except StartError as error:
             fault = error
         with self._changing():
-            if self._stopped() or self._loads != reading:
+            if self._stopped() or self._readings != reading:
                 return
             if fault:
                 self._install(self._sides_for(self._complete))
@@ -7154,7 +7154,7 @@ def with_use_sdk(text: str, value: bool) -> str:
 # A load test: plain HTTP clients that call a proxy, this one or another, and measure what they see from the outside.
 # Nothing here reaches into the rooms that serve requests, and nothing here knows of options or exit codes.
 
-LOAD_PATH = "/v1/chat/completions"
+CHAT = "/v1/chat/completions"
 LOAD_PROMPT = "Answer with one word: hello."  # a real model is paid by the token
 LOAD_URL = re.compile(r"(?i)https?://[\x21-\x7e]+")
 LOOK_SECONDS = 0.1  # between two looks at a run: ten steps a second look like movement
@@ -7228,7 +7228,7 @@ def load_target(url: str, key: str | None, model: str, *, streamed: bool) -> Tar
         url=f"{parts.scheme}://{parts.netloc}{prefix}",
         host=parts.hostname,
         port=(443 if tls else 80) if port is None else port,
-        path=prefix + LOAD_PATH,
+        path=prefix + CHAT,
         tls=tls,
         headers=headers,
         body=json.dumps(body).encode(),
@@ -7495,7 +7495,7 @@ INSIDE_KEY = "sk-parity-provider-key"  # what the provider inside is sent
 INSIDE_SECTIONS = ("user_id_mappings", "litellm_settings", "general_settings", "environment_variables")
 INSIDE_USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
 INSIDE_CALL = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
-READY_LINE = re.compile(r"^ready: (\w+) (\S+)$", re.MULTILINE)
+READY_LINE = re.compile(r"^ready: \w+ (\S+)$", re.MULTILINE)
 
 HELLO = {"messages": [{"role": "user", "content": LOAD_PROMPT}]}
 CAPPED = {**HELLO, "max_tokens": 2048}  # Anthropic demands a limit; thinking needs more than 1,024
@@ -7509,7 +7509,7 @@ SAMPLED = {**HELLO, "temperature": 0.25, "max_tokens": 33}
 BETA = {"anthropic-beta": "context-1m-2025-08-07"}
 WRONG_KEY = {"Authorization": "Bearer sk-parity-wrong-key"}
 NO_KEY = {"Authorization": None}
-CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+MESSAGES = "/v1/messages"
 GPT, CLAUDE, LIMITED, UNREACHABLE_MODEL = "parity-openai", "parity-anthropic", "parity-limited", "parity-unreachable"
 
 
@@ -7808,7 +7808,7 @@ class ModeProcess:
         if ready is None and self.process.poll() is not None:
             lines = ["", *self._log.read_text(errors="replace").splitlines()]
             raise StartError(next((line[7:] for line in lines if line.startswith("error: ")), lines[-1]))
-        return ready[2] if ready else ""
+        return ready[1] if ready else ""
 
     def stop(self) -> None:
         """End it, and what it started."""
@@ -7832,10 +7832,9 @@ class Answer:
 
 def ask_mode(url: str, feature: Feature, headers: Mapping[str, str]) -> Answer:
     """Send one mode the request."""
-    parts = urlsplit(url)
     named = {"model": feature.model} if feature.model else {}
     body = json.dumps({**named, **feature.body}) if isinstance(feature.body, Mapping) else feature.body
-    connection = http.client.HTTPConnection(parts.netloc, timeout=REQUEST_SECONDS)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=REQUEST_SECONDS)
     try:
         sent = {name: value for name, value in {**headers, **feature.headers}.items() if value is not None}
         connection.request("GET" if body is None else "POST", feature.path, body, sent)
