@@ -7183,22 +7183,14 @@ class Failed(Exception):
 
 
 class Target(NamedTuple):
-    """What a load test calls, and the request that it sends each time; ``tls`` is None for plain HTTP."""
+    """What a load test calls, and the request that it sends each time; ``connection`` makes a client for it."""
 
     url: str
-    host: str
-    port: int
+    connection: Callable[[], http.client.HTTPConnection]
     path: str
-    tls: ssl.SSLContext | None
     headers: Mapping[str, str | bytes]
     body: bytes
     streamed: bool
-
-    def connection(self) -> http.client.HTTPConnection:
-        """A client that will connect when it is told to."""
-        if self.tls is None:
-            return http.client.HTTPConnection(self.host, self.port, timeout=CONNECT_SECONDS)
-        return http.client.HTTPSConnection(self.host, self.port, timeout=CONNECT_SECONDS, context=self.tls)
 
 
 def load_target(url: str, key: str | None, model: str, *, streamed: bool) -> Target:
@@ -7219,17 +7211,19 @@ def load_target(url: str, key: str | None, model: str, *, streamed: bool) -> Tar
     if key and not key.isprintable():
         raise StartError("the master key has characters that no header can carry")
     prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-    tls = ssl.create_default_context() if parts.scheme == "https" else None
+    client: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+    if parts.scheme == "https":
+        client = partial(http.client.HTTPSConnection, context=ssl.create_default_context())
+    if port is None:
+        port = 443 if parts.scheme == "https" else 80
     headers: dict[str, str | bytes] = {"Content-Type": "application/json", "User-Agent": "litellm_memory_proxy/load"}
     if key:
         headers["Authorization"] = b"Bearer " + key.encode()
     body = {"model": model, "messages": [{"role": "user", "content": LOAD_PROMPT}], "stream": streamed}
     return Target(
         url=f"{parts.scheme}://{parts.netloc}{prefix}",
-        host=parts.hostname,
-        port=(443 if tls else 80) if port is None else port,
+        connection=partial(client, parts.hostname, port, timeout=CONNECT_SECONDS),
         path=prefix + CHAT,
-        tls=tls,
         headers=headers,
         body=json.dumps(body).encode(),
         streamed=streamed,
