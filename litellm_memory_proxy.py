@@ -8031,18 +8031,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     commands = (
-        "serve (default): run the proxy; check: validate the config, exit 1 if it has problems; "
-        "load: measure a running proxy, exit 1 if a request failed; parity: do both modes answer alike? exit 1 if "
-        "not; cutover, rollback: "
-        "move the main port of the running --mode both to the sdk, back to binary"
+        "serve (default): run the proxy; check: validate the config, exit 1 if it has problems; load: measure a "
+        "running proxy, exit 1 if a request failed; parity: do both modes answer alike? exit 1 if not; cutover, "
+        "rollback: move the main port of the running --mode both to the sdk, back to binary"
     )
     add("command", nargs="?", default="serve", choices=tuple(COMMANDS), help=commands)
     add("--mode", choices=MODES, help="how to reach the models: sdk, binary, or both on two ports (default: sdk)")
     add("--use-sdk", dest="mode", action="store_const", const="sdk", help="the same as --mode sdk")
     add("--run-both", dest="mode", action="store_const", const="both", help="the same as --mode both")
-    config = os.environ.get("CONFIG_PATH") or "config.yaml"
-    file = "a LiteLLM config file (default: CONFIG_PATH, else config.yaml)"
-    add("--config", metavar="PATH", type=path_option, default=config, help=file)
+    file, config = "a LiteLLM config file (default: CONFIG_PATH, else config.yaml)", os.environ.get("CONFIG_PATH")
+    add("--config", metavar="PATH", type=path_option, default=config or "config.yaml", help=file)
     add("--host", metavar="ADDR", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
     port = f"the port to listen on (default: PROXY_PORT, else {DEFAULT_PORT})"
     add("--port", metavar="N", type=port_number, help=port)
@@ -8057,9 +8055,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow-host", metavar="NAME", action="append", type=host_option, default=[], help=hosts)
     origins = "let in web pages of this origin, such as https://chat.example, * for any; may be repeated"
     add("--allow-origin", metavar="ORIGIN", action="append", type=origin_option, default=[], help=origins)
-    level = (os.environ.get("LOG_LEVEL") or "INFO").upper()
-    logged = "what is logged (default: LOG_LEVEL, else INFO)"
-    add("--log-level", choices=LEVELS, default=level, type=str.upper, help=logged)
+    logged, level = "what is logged (default: LOG_LEVEL, else INFO)", os.environ.get("LOG_LEVEL")
+    add("--log-level", choices=LEVELS, default=level or "INFO", type=str.upper, help=logged)
     add("--watch", action="store_true", help="read the config again when it changes (SIGHUP does it at any time)")
     add("--log-json", action="store_true", help="log JSON lines on a terminal too; elsewhere it does so anyway")
     add("--log-file", metavar="PATH", help="log there too, as JSON lines; rotated at 10 MiB, five older files are kept")
