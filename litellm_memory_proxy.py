@@ -7487,7 +7487,6 @@ def unreachable(run: LoadRun) -> str | None:
 
 INSIDE_KEY = "sk-parity-provider-key"  # what the provider inside is sent
 INSIDE_SECTIONS = ("user_id_mappings", "litellm_settings", "general_settings", "environment_variables")
-INSIDE_USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
 INSIDE_CALL = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
 READY_LINE = re.compile(r"^ready: \w+ (\S+)$", re.MULTILINE)
 
@@ -7628,10 +7627,12 @@ def chat_document(body: Mapping[str, Any]) -> dict[str, Any]:
     message = {"role": "assistant", **said, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
     head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body.get("model")}
-    return {**head, "choices": [choice], "usage": INSIDE_USAGE, "system_fingerprint": "fp_1", "service_tier": "default"}
+    counted = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+    usage = counted if not body.get("stream") or (body.get("stream_options") or {}).get("include_usage") else None
+    return {**head, "choices": [choice], "usage": usage, "system_fingerprint": "fp_1", "service_tier": "default"}
 
 
-def chat_events(document: Mapping[str, Any], body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def chat_events(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The same as chunks."""
     (choice,) = document["choices"]
     deltas: list[dict[str, Any]] = [{"content": piece} for piece in ("", *halves("hello"))]
@@ -7643,8 +7644,8 @@ def chat_events(document: Mapping[str, Any], body: Mapping[str, Any]) -> Iterato
     head = {**document, "object": "chat.completion.chunk", "usage": None}
     for delta, finish in [*((delta, None) for delta in deltas), ({}, choice["finish_reason"])]:
         yield {**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
-    if (body.get("stream_options") or {}).get("include_usage"):
-        yield {**head, "choices": [], "usage": INSIDE_USAGE}
+    if document["usage"]:
+        yield {**head, "choices": [], "usage": document["usage"]}
 
 
 def message_document(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -7680,15 +7681,15 @@ def embedding_document(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 Whole = Callable[[Mapping[str, Any]], dict[str, Any]]
-Streamed = Callable[[Mapping[str, Any], Mapping[str, Any]], Iterable[dict[str, Any]]]
+Streamed = Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]]
 # The end of a path → its answer, and the events of the same as a stream.
 INSIDE_ANSWERS: Mapping[str, tuple[Whole, Streamed]] = {
     "completions": (chat_document, chat_events),
-    "messages": (message_document, lambda document, _: message_events(document)),
-    "count_tokens": (lambda _: {"input_tokens": 5}, lambda *_: ()),
-    "input_tokens": (lambda _: {"object": "response.input_tokens", "input_tokens": 5}, lambda *_: ()),
-    "responses": (response_document, lambda document, _: response_events(document)),
-    "embeddings": (embedding_document, lambda *_: ()),
+    "messages": (message_document, message_events),
+    "count_tokens": (lambda _: {"input_tokens": 5}, lambda _: ()),
+    "input_tokens": (lambda _: {"object": "response.input_tokens", "input_tokens": 5}, lambda _: ()),
+    "responses": (response_document, response_events),
+    "embeddings": (embedding_document, lambda _: ()),
 }
 INSIDE_REFUSAL = {"error": {"message": "too many requests", "type": "rate_limit_error", "code": "rate_limited"}}
 
@@ -7708,7 +7709,7 @@ class InsideHandler(LoopbackHandler):
         whole, events = INSIDE_ANSWERS[urlsplit(self.path).path.rpartition("/")[2]]
         document = whole(body)
         if body.get("stream"):
-            data = [sse_event(json.dumps(event), event.get("type")) for event in events(document, body)]
+            data = [sse_event(json.dumps(event), event.get("type")) for event in events(document)]
             done = SSE_DONE if whole is chat_document else b""
             self.reply(200, "text/event-stream", b"".join(data) + done, **memory)
         else:
