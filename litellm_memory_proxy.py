@@ -424,9 +424,8 @@ def plain_message(error: BaseException) -> str:
 
 def plain_text(text: str) -> str:
     """A message without the traceback that LiteLLM's sometimes carry, and without its router's footnotes."""
-    return re.split(
-        r"\n*(?:Traceback \(most recent call last\)|LiteLLM: model group |Deployment Info: |Handle with )", text
-    )[0].strip()
+    footnotes = r"Traceback \(most recent call last\)|LiteLLM: model group |Deployment Info: |Handle with "
+    return re.split(footnotes, text, maxsplit=1)[0].strip()
 
 
 # ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -847,6 +847,13 @@ def test_a_broken_connection_is_found_in_the_chain_of_causes() -> None:
     assert proxy.connection_status(ValueError()) is None
 
 
+def test_a_message_is_plain_without_its_traceback_and_in_no_time_where_it_has_many_blank_lines() -> None:
+    assert proxy.plain_text("\nno such model\n\nTraceback (most recent call last)\n  File ...") == "no such model"
+    began = time.monotonic()
+    assert proxy.plain_text("a" + "\n" * 500_000 + "b").endswith("\nb")
+    assert time.monotonic() - began < 20  # it was half an hour: each line break began a search to the end
+
+
 # ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
