@@ -224,6 +224,8 @@ RETRY_AFTER_SECONDS = 5  # what a client is told to wait while the LiteLLM serve
 
 MAX_LOGGED = 500  # characters of a path in a log line, or of an example in load's table
 MAX_MESSAGE = 20_000  # characters of an error message
+MAX_KEPT_BYTES = 5 * MAX_MESSAGE  # of an error that is read piece by piece: its message is longer, and cut as one text
+MAX_KEY = 2000  # characters of a key that is known by its shape alone
 MAX_LABELS = 100  # distinct memory ids or models in the metrics; the rest is "other"
 MAX_DURATIONS = 10_000  # kept for the percentiles of the last ...
 WINDOW_SECONDS = 600.0
@@ -333,10 +335,10 @@ class ProxyError(Exception):
         self.status, self.message, self.headers = status, message, list(headers)
         self.kind, self.param, self.code, self.blame = kind, param, code, blame
 
-    def redact(self, redact: Callable[[str], str]) -> ProxyError:
+    def redact(self, redact: Redactor) -> ProxyError:
         """Take the secrets out of everything that the client will see; returns itself."""
-        self.message = redact(self.message[:MAX_MESSAGE])
-        self.kind, self.param, self.code = (text and redact(text) for text in (self.kind, self.param, self.code))
+        self.message = redact.cut(self.message)
+        self.kind, self.param, self.code = (text and redact.cut(text) for text in (self.kind, self.param, self.code))
         return self
 
     def body(self, dialect: str) -> dict[str, Any]:
@@ -1447,6 +1449,7 @@ class Redactor:
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         longest_first = sorted(secrets, key=len, reverse=True)
         self._values = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._reach = 2 * max([MAX_KEY, *map(len, longest_first)])  # twice: what is replaced brings more into view
 
     def __call__(self, text: str) -> str:
         """The text without its secrets."""
@@ -1456,6 +1459,15 @@ class Redactor:
         if not any(map(folded.__contains__, KEY_HINTS)):
             return text
         return KEY_SHAPES.sub(lambda match: (match[1] or "") + REDACTED, text)
+
+    def cut(self, text: str, most: int = MAX_MESSAGE) -> str:
+        """The beginning of a text of any length, at most so many characters, without its secrets or a part of one."""
+        searched = text[: most + self._reach]
+        clean = self(searched)
+        if searched != text:  # a secret that goes on behind it was not found
+            before, last, rest = clean.rpartition(REDACTED)
+            clean = before + last + rest[: -self._reach]
+        return clean[:most]
 
 
 def within(value: Any, redact: Redact) -> Any:
@@ -1582,7 +1594,8 @@ class Log:
             try:
                 self.gather()
             except Exception as error:  # a defect of ours must not end the log
-                self.event("ERROR", "log", "defect", error=repr(error)[:MAX_LOGGED], where=where_raised(error))
+                said = self.redact.cut(repr(error), MAX_LOGGED)
+                self.event("ERROR", "log", "defect", error=said, where=where_raised(error))
             events = list(self._events)
             if self._file:
                 for line in self._lines(events, event_as_json):
@@ -1641,7 +1654,7 @@ def event_readable(event: LogEvent, redact: Redact) -> str:
 class LoggingHandler(logging.Handler):
     """Brings the records of Python's logging (LiteLLM, asyncio) into our log: one line each, no traceback.
 
-    LiteLLM's quote what a provider has sent, be it megabytes: to redact such a line would stop everything for seconds.
+    LiteLLM's quote what a provider has sent, be it megabytes: to redact all of it would stop everything for seconds.
     """
 
     def __init__(self, log: Log) -> None:
@@ -1654,7 +1667,7 @@ class LoggingHandler(logging.Handler):
         except (TypeError, ValueError):  # arguments that do not fit: the library's mistake must not fail its call
             text = str(record.msg)
         level = logging.getLevelName(min(record.levelno // 10 * 10, logging.CRITICAL))  # there may be levels of its own
-        self._log.event(level, record.name, "message", message=" ".join(text[:MAX_MESSAGE].split()))
+        self._log.event(level, record.name, "message", message=" ".join(self._log.redact.cut(text).split()))
 
 
 def take_in_logging(log: Log) -> None:
@@ -1795,9 +1808,9 @@ class Outcome(NamedTuple):
         return "  ".join(part for part in parts if part)
 
 
-def name_shown(name: str, redact: Redact) -> str:
+def name_shown(name: str, redact: Redactor) -> str:
     """A memory id or a model's name as log and metrics show it."""
-    return redact(name.encode("utf-8", "replace").decode()[:MAX_MODEL]) or NONE
+    return redact.cut(name.encode("utf-8", "replace").decode(), MAX_MODEL) or NONE
 
 
 # What an answer's header fields tell beside the answer: the memory service of itself, with a prefix where LiteLLM's
@@ -1911,7 +1924,7 @@ class Metrics:
         self._known: dict[str, set[str]] = {"user_id": set(), "model": set()}
         self._running: deque[None] = deque()  # as long as there are requests under way; it needs no lock
         self._ended: deque[tuple[Ended, Tally | None, str]] = deque()
-        self._shown = lru_cache(maxsize=4 * MAX_LABELS)(partial(name_shown, redact=lambda text: log.redact(text)))
+        self._shown = lru_cache(maxsize=4 * MAX_LABELS)(lambda name: name_shown(name, log.redact))
         self._started = time.time()
         self._memory_failed = False
         self.sources: list[Callable[[], Figures]] = []  # figures that others keep, read when somebody asks
@@ -2087,7 +2100,7 @@ def where_raised(error: BaseException) -> str:
 
 def defect(error: Exception, request_id: str, log: Log) -> ProxyError:
     """An exception that should not have been: the log gets what we need to mend it, the client a clean answer."""
-    said = repr(error)[:MAX_LOGGED]
+    said = log.redact.cut(repr(error), MAX_LOGGED)
     log.event("ERROR", "application", "defect", request_id=request_id, error=said, where=where_raised(error))
     return ProxyError(500, "the proxy failed on this request; its log says how", blame=BACKEND)
 
@@ -2947,6 +2960,7 @@ class Bridge:
 
 CHALLENGE_STATUS = (403, 429, 503)  # with a web page, or a header that says so; a provider's own JSON 429 is none
 SIGNS_OF_LIFE = re.compile(rb'(?:(?::[^\r\n]*|event: ?ping|data: ?\{"type": ?"ping"[^\r\n]*)?\r?\n)*')
+OBJECT = re.compile(rb"\s*(?:\{|\Z)")  # as far as it has come
 ERROR_OBJECT = re.compile(rb'\s*\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[{"]')
 PROOF_COOKIE = "memory-proxy-proof"
 NO_HEADERS = Headers(())
@@ -2961,8 +2975,8 @@ class Exchange:
     ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
     failed; ``status``, else 0, and ``headers`` are of an answer that came, and ``body`` is its body where its status is
     an error's.
-    ``alive``: some of the answer's body came; ``heard`` is the beginning of it, from the first piece on that is more
-    than a stream's comments and pings.
+    ``alive``: some of the answer's body came; ``heard`` is the first piece of it that is more than a stream's comments
+    and pings, with what follows where it is a JSON object.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request that has no such header, the config's say, for routes on
     which LiteLLM sends none of a client's.
@@ -2997,8 +3011,10 @@ class Exchange:
     def hear(self, data: bytes) -> None:
         """A piece of the answer's body came in."""
         self.alive = True
-        if len(self.heard) < MAX_MESSAGE and (self.heard or not SIGNS_OF_LIFE.fullmatch(data)):
-            self.heard += data[: MAX_MESSAGE - len(self.heard)]
+        if not self.heard:
+            self.heard = b"" if SIGNS_OF_LIFE.fullmatch(data) else data[:MAX_KEPT_BYTES]
+        elif len(self.heard) < MAX_KEPT_BYTES and OBJECT.match(self.heard):  # no stream's event: an error, perhaps
+            self.heard += data[: MAX_KEPT_BYTES - len(self.heard)]
 
     async def close(self) -> None:
         """Close the connection of an answer that was not read to its end: LiteLLM leaves some of them open."""
@@ -4794,7 +4810,7 @@ def provider_failure(exchange: Exchange, error: Exception) -> ProxyError:
 
 def sent_text(body: bytes) -> str:
     """An error's body as it came: LiteLLM keeps some, and loses some."""
-    return body[:MAX_MESSAGE].decode(errors="replace").strip()
+    return body.decode(errors="replace").strip()
 
 
 def provider_page(exchange: Exchange) -> str | None:
@@ -5711,7 +5727,8 @@ class Failover:
 
     def _repeat(self, request: Request, route: Route, failure: ProxyError) -> Response | None:
         """The binary side's answer to a request on which the SDK has failed; None where it is no better."""
-        message = f"the SDK failed ({failure.status} {failure.message[:MAX_LOGGED]}); the binary side is asked"
+        said = self._log.redact.cut(failure.message, MAX_LOGGED)
+        message = f"the SDK failed ({failure.status} {said}); the binary side is asked"
         self._log.event("WARNING", "failover", "repeated", request_id=request.id, message=message)
         try:
             response = self._binary_answer(request, route)

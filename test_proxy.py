@@ -1439,6 +1439,39 @@ def test_secrets_are_redacted_by_value_and_by_shape(text: str) -> None:
     assert "abcdefgh12345" not in redacted and "deep-secret-value" not in redacted and proxy.REDACTED in redacted
 
 
+SHORTENED = ["deep-secret-value", "sk-abcdefgh12345", "Bearer abcdefgh12345", "http://me:abc,defgh@host", "x" * 3000]
+
+
+@pytest.mark.parametrize("rest", [" and so on", "." * 100_000], ids=len)
+@pytest.mark.parametrize("secret", SHORTENED)
+def test_no_part_of_a_secret_is_shown_where_a_text_is_cut(secret: str, rest: str) -> None:
+    redact = proxy.Redactor(["deep-secret-value", "x" * 3000])
+    for shown in range(0, len(secret) + 1, len(secret) // 16):
+        cut = redact.cut("." * (5000 - shown) + secret + rest, 5000)
+        assert not re.search("dee|abc|x", cut), (shown, cut)
+        assert 1900 < len(cut) <= 5000 and cut.startswith("." * 1900)
+    for cut_through in range(7000, 14_000, 53):  # wherever the search ends, however much shorter the text became
+        cut = redact.cut(f"{'Bearer ' + 'a' * 900:.<1000}" * 2 + "." * (cut_through - 2000) + secret + rest, 5000)
+        assert not re.search("dee|abc|x", cut), (cut_through, cut)
+    assert redact.cut("." * 10_000 + rest, 5000) == "." * 5000
+
+
+def test_errors_names_and_what_libraries_log_are_cut_before_a_secret() -> None:
+    log = proxy.Log(io.StringIO(), as_json=True, redact=proxy.Redactor(["-----KEY\ndeep-secret-value"]))
+    logger, metrics = logging.Logger("library"), proxy.Metrics(log)
+    logger.addHandler(proxy.LoggingHandler(log))
+    behind = lambda most: "." * (most - 12) + "-----KEY\ndeep-secret-value" + "." * most  # noqa: E731
+    error = proxy.ProxyError(500, behind(proxy.MAX_MESSAGE), kind="." * 1_000_000).redact(log.redact)
+    logger.warning("%s", behind(proxy.MAX_MESSAGE))
+    proxy.defect(ValueError(behind(proxy.MAX_LOGGED)), "id", log)
+    metrics.begin()
+    metrics.end(ended(model=behind(proxy.MAX_MODEL)))
+    log.flush()
+    for text in (error.message, log._stream.getvalue(), metrics.prometheus()):
+        assert "--" not in text and "." * 180 in text
+    assert error.kind and len(error.kind) == proxy.MAX_MESSAGE
+
+
 def test_the_guide_tells_what_to_set_as_a_key(sdk: Proxy) -> None:
     wait_until(lambda: "OPENAI_API_KEY=anything" in sdk.output and "ANTHROPIC_AUTH_TOKEN=anything" in sdk.output)
     named = "OPENAI_BASE_URL=http://127.0.0.1:8764/v1 OPENAI_API_KEY=$LITELLM_MASTER_KEY"
@@ -2248,6 +2281,13 @@ def test_an_error_body_without_a_message_is_the_message(
     provider.script = lambda _got: Reply(body, 422, {"content-type": "text/plain"})
     response = sdk.post(path, {**body_for(path, name), "input": "hello"} if "emb" in path else body_for(path, name))
     assert (response.status_code, response.json()["error"]["message"]) == (422, body.decode())
+
+
+def test_a_long_error_body_is_cut_before_a_key_that_it_quotes(sdk: Proxy, provider: Provider) -> None:
+    said = "." * (proxy.MAX_MESSAGE - 5)
+    provider.script = lambda _got: Reply(f"{said}{PROVIDER_KEY}{said}".encode(), 422, {"content-type": "text/plain"})
+    message = sdk.chat().json()["error"]["message"]
+    assert "sk" not in message and message.startswith(said[:-100])
 
 
 BAD_BODIES = [
