@@ -434,23 +434,24 @@ def plain_text(text: str) -> str:
 # Functions from a file to one frozen `Config`. YAML and the environment are read here and nowhere else. Validation
 # gathers every problem with its key path before it gives up.
 
-# The settings of LiteLLM's sections that this program reads itself: type, further check, the rule in words.
-Rule = tuple[Any, Callable[[Any], bool], str]
-SECONDS: Rule = ((int, float), lambda n: 0 < n < 1e9, "a number of seconds")
-RETRIES: Rule = (int, lambda n: n >= 0, "a whole number")
-PORT: Rule = (int, lambda n: 0 <= n < 65536, "a port")
-MAPPING: Rule = (dict, lambda _: True, "a mapping")
+# The settings of LiteLLM's sections that this program reads itself: check, rule in words. `type`: True is an int.
+Rule = tuple[Callable[[Any], bool], str]
+SECONDS: Rule = (lambda n: type(n) in (int, float) and 0 < n < 1e9, "a number of seconds")
+RETRIES: Rule = (lambda n: type(n) is int and n >= 0, "a whole number")
+COUNT: Rule = (lambda n: type(n) is int and n > 0, "a whole number from 1")
+PORT: Rule = (lambda n: type(n) is int and 0 <= n < 65536, "a port")
+MAPPING: Rule = (lambda value: isinstance(value, dict), "a mapping")
 SETTINGS: Mapping[str, Rule] = {
     "litellm_settings.request_timeout": SECONDS,
     "litellm_settings.num_retries": RETRIES,
     "router_settings.timeout": SECONDS,
     "router_settings.stream_timeout": SECONDS,
     "router_settings.num_retries": RETRIES,
-    "general_settings.master_key": (str, bool, "a string"),
+    "general_settings.master_key": (lambda key: isinstance(key, str) and key != "", "a string"),
     "general_settings.experimental": MAPPING,
-    "general_settings.experimental.use_sdk_proxy": (bool, lambda _: True, "true or false"),
+    "general_settings.experimental.use_sdk_proxy": (lambda value: type(value) is bool, "true or false"),
     "general_settings.experimental.circuit_breaker": MAPPING,
-    "general_settings.experimental.circuit_breaker.failure_threshold": (int, lambda n: n > 0, "a whole number from 1"),
+    "general_settings.experimental.circuit_breaker.failure_threshold": COUNT,
     "general_settings.experimental.circuit_breaker.reset_seconds": SECONDS,
     "general_settings.experimental.sdk_proxy_port": PORT,
     "general_settings.experimental.binary_proxy_port": PORT,
@@ -1184,11 +1185,9 @@ def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None
         if not isinstance(document.get(name), dict | None):
             problems.append(Problem(name, "must be a mapping"))
     problems.extend(unknown_settings(document))
-    for where, (kind, test, rule) in SETTINGS.items():
+    for where, (fits, rule) in SETTINGS.items():
         value = value_at(document, where)
-        if value is not None and not (
-            isinstance(value, kind) and not (kind is not bool and value is True) and test(value)
-        ):
+        if value is not None and not fits(value):
             told = "" if SECRET_KEY.search(where) else f", not {shown(value)}"
             problems.append(Problem(where, f"must be {rule}{told}"))
 

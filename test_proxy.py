@@ -924,6 +924,24 @@ def test_every_problem_is_reported_at_once_with_its_key_path(tmp_path: Path) -> 
     }
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_setting_that_is_a_number_is_neither_true_nor_false(tmp_path: Path, value: str) -> None:
+    text = """
+litellm_settings: {request_timeout: X, num_retries: X}
+router_settings: {timeout: X, stream_timeout: X, num_retries: X}
+general_settings:
+  experimental:
+    use_sdk_proxy: X
+    circuit_breaker: {failure_threshold: X, reset_seconds: X}
+    sdk_proxy_port: X
+    binary_proxy_port: X
+""".replace("X", value)
+    problems = proxy.read_config(write_config(tmp_path, text)).problems
+    said = {p.where.rpartition(".")[2] for p in problems if p.message.endswith(f", not {value.title()}")}
+    timeouts = {"request_timeout", "timeout", "stream_timeout", "reset_seconds"}
+    assert said == {"num_retries", "failure_threshold", "sdk_proxy_port", "binary_proxy_port", *timeouts}
+
+
 UNUSABLE = ["", "[", "a: b", "- 1", "model_list: []", "model_list: {}", "\x00", "a: &x [*x]", "a: 2001-99-99"]
 UNUSABLE += ["include: 5", "include: [config.yaml]", "environment_variables: [a]", "a: " + "1" * 5000]
 
