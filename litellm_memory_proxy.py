@@ -579,7 +579,7 @@ class Config:
     def breaker(self) -> tuple[int, float]:
         """How many failures in a row open the circuit breaker, and how many seconds it then waits."""
         given = self.experimental.get("circuit_breaker") or {}
-        return given.get("failure_threshold", FAILURE_THRESHOLD), given.get("reset_seconds", RESET_SECONDS)
+        return given.get("failure_threshold") or FAILURE_THRESHOLD, given.get("reset_seconds") or RESET_SECONDS
 
     @property
     def request_seconds(self) -> float:

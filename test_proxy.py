@@ -942,6 +942,15 @@ general_settings:
     assert said == {"num_retries", "failure_threshold", "sdk_proxy_port", "binary_proxy_port", *timeouts}
 
 
+@pytest.mark.parametrize("given", ["null", "{}", "{failure_threshold: , reset_seconds: null}"])
+def test_settings_of_the_circuit_breaker_that_are_null_have_their_defaults(tmp_path: Path, given: str) -> None:
+    text = f"""
+model_list: [{{model_name: a, litellm_params: {{model: openai/a}}}}]
+general_settings: {{experimental: {{circuit_breaker: {given}}}}}
+"""
+    assert proxy.load_config(write_config(tmp_path, text)).breaker == (proxy.FAILURE_THRESHOLD, proxy.RESET_SECONDS)
+
+
 UNUSABLE = ["", "[", "a: b", "- 1", "model_list: []", "model_list: {}", "\x00", "a: &x [*x]", "a: 2001-99-99"]
 UNUSABLE += ["include: 5", "include: [config.yaml]", "environment_variables: [a]", "a: " + "1" * 5000]
 
