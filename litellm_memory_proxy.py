@@ -778,11 +778,12 @@ def read_nodes(path: str, problems: list[Problem], text: str | None = None) -> y
     """
     root, included = read_file(path, problems, text)
     pairs = {str(key.value): (key, value) for key, value in root.value}
-    for name in included:
+    for file, line in included:
         try:
-            more = read_nodes(str(Path(path).parent / str(name)), problems)
+            more = read_nodes(file, problems)
         except ConfigError as error:
-            problems.extend(replace(said, message=f"{said.message} (included by {path})") for said in error.problems)
+            by = f"(included by {path}:{line})"
+            problems.extend(replace(said, message=f"{said.message} {by}") for said in error.problems)
             continue
         for key, value in more.value:
             there = pairs.get(str(key.value), (None, None))[1]
@@ -793,8 +794,11 @@ def read_nodes(path: str, problems: list[Problem], text: str | None = None) -> y
     return root
 
 
-def read_file(path: str, problems: list[Problem], text: str | None = None) -> tuple[yaml.MappingNode, list[Any]]:
-    """One file's mapping and what it includes; raises ConfigError."""
+def read_file(
+    path: str, problems: list[Problem], text: str | None = None
+) -> tuple[yaml.MappingNode, list[tuple[str, int]]]:
+    """One file's mapping, and the files that it includes with the lines that name them; raises ConfigError."""
+    included: list[tuple[str, int]] = []
     try:
         loader = yaml.SafeLoader(read_text(path) if text is None else text)
         loader.name = path  # so that each node knows its file
@@ -804,15 +808,19 @@ def read_file(path: str, problems: list[Problem], text: str | None = None) -> tu
             raise ConfigError([Problem("", message, file=path)])
         problems.extend(repeated_keys(root, "", set()))
         Constructor().flatten_mapping(root)
-        include = next((pair for pair in reversed(root.value) if pair[0].value == "include"), None)
-        included = Constructor().construct_document(include[1]) if include else None
+        include = [pair for pair in root.value if pair[0].value == "include"]
+        for key, value in include[-1:]:
+            names = Constructor().construct_document(value)
+            if isinstance(names, list):
+                lines = (item.start_mark.line + 1 for item in value.value)
+                included = [(str(Path(path).parent / str(name)), line) for name, line in zip(names, lines, strict=True)]
+            elif names:
+                line = key.start_mark.line + 1
+                problems.append(Problem("include", "must be a list of files", file=path, line=line))
     except yaml.YAMLError as error:
         raise ConfigError([syntax_problem(path, error)]) from None
-    root.value = [pair for pair in root.value if pair[0].value != "include"]
-    if include and included and not isinstance(included, list):
-        line = include[0].start_mark.line + 1
-        problems.append(Problem("include", "must be a list of files", file=path, line=line))
-    return root, included if isinstance(included, list) else []
+    root.value = [pair for pair in root.value if pair not in include]
+    return root, included
 
 
 def read_text(path: str) -> str:
@@ -920,8 +928,7 @@ def files_of(path: str) -> list[str]:
     files = [path]
     for file in files:  # it grows as they are read
         with contextlib.suppress(ConfigError, RecursionError):
-            included = (str(Path(file).parent / str(name)) for name in read_file(file, [])[1])
-            files.extend(dict.fromkeys(name for name in included if name not in files))
+            files.extend(dict.fromkeys(name for name, _ in read_file(file, [])[1] if name not in files))
     return files
 
 

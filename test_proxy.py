@@ -1001,11 +1001,22 @@ def test_included_files_are_merged(tmp_path: Path) -> None:
     assert proxy.load_config(write_config(tmp_path, document)).model_names == ("a", "b")
 
 
-def test_an_included_file_that_cannot_be_read_is_named_with_the_file_that_includes_it(tmp_path: Path) -> None:
-    config = write_config(tmp_path, {"include": ["gone.yaml"], "model_list": [model("a", "openai/a", "http://h")]})
-    said = f"gone.yaml: No such file or directory (included by {config})"
-    with pytest.raises(proxy.ConfigError, match=re.escape(said)):
-        proxy.load_config(config)
+def test_an_included_file_that_cannot_be_read_is_named_with_the_line_that_includes_it(tmp_path: Path) -> None:
+    text = """
+model_list: [{model_name: a, litellm_params: {model: openai/a}}]
+include:
+  - more.yaml
+  - gone.yaml
+"""
+    (tmp_path / "more.yaml").write_text("include: [broken.yaml]")
+    (tmp_path / "broken.yaml").write_text("a: 1\na: [")
+    with pytest.raises(proxy.ConfigError) as caught:
+        proxy.load_config(write_config(tmp_path, text))
+    broken, gone = map(str, caught.value.problems)
+    assert broken.startswith(f"{tmp_path}/broken.yaml:2: YAML: ")
+    assert broken.endswith(f" (included by {tmp_path}/more.yaml:1)")
+    by = f"{tmp_path}/config.yaml:5"
+    assert gone == f"{tmp_path}/gone.yaml: No such file or directory (included by {by})"
 
 
 def test_keys_of_its_own_that_the_program_misses_or_does_not_know_are_warnings(tmp_path: Path) -> None:
