@@ -140,6 +140,7 @@ from collections.abc import (
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from difflib import get_close_matches
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from importlib import import_module
@@ -465,6 +466,9 @@ MEMORY_ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 CONVERSATION_ID = re.compile(r"[\x21-\x7e]{1,256}")
 FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 §5.1: a token
 ID_RULE = f"memory id ({MEMORY_ID.pattern})"
+SECTIONS = ("litellm_settings", "router_settings", "general_settings", "environment_variables")
+TOP_LEVEL_KEYS = ("model_list", "credential_list", "user_id_mappings", "include", *SECTIONS)
+MISSPELT = 0.85  # so alike, for `difflib`, are a key and its misspelling; LiteLLM's other keys are below 0.8
 MAPPING_KEYS = ("custom_header", "header_patterns", "default_user_id", "inject_header", "conversation")
 CONVERSATION_KEYS = ("from_headers", "inject_header")
 PATTERN_KEYS = ("header", "pattern", "user_id")
@@ -1175,6 +1179,14 @@ def items_at(document: Any, where: str) -> list[tuple[str, Any]]:
     return [(f"{where}[{index}]", item) for index, item in enumerate(found if isinstance(found, list) else ())]
 
 
+def misspelt_sections(document: Mapping[str, Any]) -> Iterator[Problem]:
+    """A warning for each top-level key that is nearly one that this program reads; LiteLLM knows many more."""
+    for key in document:
+        for meant in get_close_matches(str(key), TOP_LEVEL_KEYS, 1, MISSPELT):
+            if key != meant:
+                yield Problem(str(key), f"is unknown: {meant} may be meant", warning=True)
+
+
 def unknown_settings(document: Mapping[str, Any]) -> Iterator[Problem]:
     """A warning for each key of this program's corner of LiteLLM's sections that it does not know."""
     corner = "general_settings.experimental"
@@ -1187,10 +1199,10 @@ def unknown_settings(document: Mapping[str, Any]) -> Iterator[Problem]:
 
 def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None:
     """LiteLLM's sections must at least be mappings; what is in them is LiteLLM's business."""
-    sections = ("litellm_settings", "router_settings", "general_settings", "environment_variables")
-    for name in sections:
+    for name in SECTIONS:
         if not isinstance(document.get(name), dict | None):
             problems.append(Problem(name, "must be a mapping"))
+    problems.extend(misspelt_sections(document))
     problems.extend(unknown_settings(document))
     for where, (fits, rule) in SETTINGS.items():
         value = value_at(document, where)

@@ -1031,10 +1031,32 @@ general_settings:
     said = {(p.where, p.line, p.message, p.warning) for p in proxy.read_config(write_config(tmp_path, text)).problems}
     known = "use_sdk_proxy, circuit_breaker, sdk_proxy_port, binary_proxy_port"
     assert said >= {
+        ("user_id_mapping", 1, "is unknown: user_id_mappings may be meant", True),
         ("user_id_mappings", 1, "is missing: all clients get the memory default-dev", True),
         (f"{experimental}.use_sdk", 4, f"is unknown (known: {known})", True),
         (f"{experimental}.circuit_breaker.treshold", 5, "is unknown (known: failure_threshold, reset_seconds)", True),
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("user-id-mappings", "user_id_mappings"),
+        ("model_lists", "model_list"),
+        ("litelm_settings", "litellm_settings"),
+        ("includes", "include"),
+        ("environment_variable", "environment_variables"),
+        ("router_settings", None),
+        *((key, None) for key in ("credential_list", "files_settings", "finetune_settings", "callback_settings")),
+        *((key, None) for key in ("guardrails", "mcp_servers", "vector_store_registry", "agent_list", "prompts", "5")),
+    ],
+)
+def test_a_section_that_is_misspelt_is_a_warning_that_names_the_right_one(
+    tmp_path: Path, key: str, meant: str | None
+) -> None:
+    text = f"model_list: [{{model_name: a, litellm_params: {{model: openai/a}}}}]\n{key}: {{}}\n"
+    said = [str(p) for p in proxy.load_config(write_config(tmp_path, text)).warnings if "may be meant" in p.message]
+    assert said == ([f"{tmp_path}/config.yaml:2: {key}: is unknown: {meant} may be meant"] if meant else [])
 
 
 BROKEN = """\
