@@ -660,7 +660,7 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
     problems.extend(unset)
     problems.extend(repeated_deployments(document))
     problems.extend(header_warnings(resolved, mappings.inject_header))
-    located = locate(problems, root)
+    located = locate([*problems, *keyless], root)
     rows = deployments(resolved, missing)
     config = Config(
         path=path,
@@ -671,10 +671,10 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
         secrets=secrets_of([resolved, environment]),
         environment=environment,
         server_part=what_the_server_reads(resolved, environment),
-        warnings=tuple(problem for problem in located if problem.warning),
+        warnings=tuple(problem for problem in located[: len(problems)] if problem.warning),
         written=document,
     )
-    return Reading(config, (*located, *locate(keyless, root)), tuple(rows), root)
+    return Reading(config, tuple(located), tuple(rows), root)
 
 
 def unset_variables(missing: list[tuple[str, str]]) -> tuple[list[Problem], list[Problem]]:
@@ -912,19 +912,15 @@ def places(node: yaml.Node, where: str = "") -> Iterator[tuple[str, yaml.Mark]]:
 
 def locate(problems: Iterable[Problem], root: yaml.MappingNode) -> list[Problem]:
     """The problems with file and line; one about a key that is not there has those of what it is missing from."""
-    found: dict[str, yaml.Mark] = {}
+    found = {**dict(places(root)), "": root.start_mark}
 
-    def located(problem: Problem) -> Problem:
-        if problem.file:
-            return problem
-        found.update(() if found else places(root))
-        where = problem.where
-        while where and where not in found:
+    def mark_of(where: str) -> yaml.Mark:
+        while where not in found:
             where = re.sub(r"(^|\.|\[)[^.\[]*$", "", where)
-        mark = found.get(where, root.start_mark)
-        return replace(problem, file=mark.name, line=mark.line + 1)
+        return found[where]
 
-    return [located(problem) for problem in problems]
+    marked = ((problem, mark_of(problem.where)) for problem in problems)
+    return [said if said.file else replace(said, file=mark.name, line=mark.line + 1) for said, mark in marked]
 
 
 def files_of(path: str) -> list[str]:
