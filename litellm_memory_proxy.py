@@ -658,7 +658,9 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
     # The start names the models that lack keys in its own words: their problems are for `check` alone.
     unset, keyless = unset_variables(missing)
     problems.extend(unset)
-    problems.extend(repeated_deployments(document))
+    # Equal names alone are LiteLLM's load balancing.
+    entries = ((where, (entry["model_name"], entry["litellm_params"])) for where, entry in sound_models(document))
+    problems.extend(repeated(entries, "is the same deployment as"))
     problems.extend(header_warnings(resolved, mappings.inject_header))
     located = locate([*problems, *keyless], root)
     rows = deployments(resolved, missing)
@@ -1014,17 +1016,6 @@ def deployments(document: Mapping[str, Any], missing: Sequence[tuple[str, str]])
     return rows
 
 
-def repeated_deployments(document: Mapping[str, Any]) -> Iterator[Problem]:
-    """A warning for each deployment that is there already; equal names alone are LiteLLM's load balancing."""
-    seen: list[tuple[str, Any]] = []
-    for where, entry in sound_models(document):
-        what = (entry["model_name"], entry["litellm_params"])
-        same = next((earlier for earlier, other in seen if other == what), None)
-        if same:
-            yield Problem(where, f"is the same deployment as {same}", warning=True)
-        seen.append((where, what))
-
-
 def model_problems(entry: Any, where: str) -> list[Problem]:
     """What is wrong with one entry of model_list."""
     if not isinstance(entry, dict):
@@ -1059,7 +1050,8 @@ def check_mappings(section: Any, problems: list[Problem]) -> Mappings:
         entries = []
     checked = (check_pattern(entry, f"{where}.header_patterns[{i}]", problems) for i, entry in enumerate(entries))
     patterns = tuple(pattern for pattern in checked if pattern)
-    problems.extend(repeated_patterns(patterns))
+    described = ((pattern.where, (pattern.header, pattern.pattern)) for pattern in patterns)
+    problems.extend(repeated(described, "has the header and the pattern of"))
     right = {key: value for key, value in values.items() if key not in wrong}
     lowered = {key: value.lower() if "header" in key and value else value for key, value in right.items()}
     return Mappings(patterns=patterns, **lowered, **check_conversation(section, problems))
@@ -1141,13 +1133,14 @@ def check_pattern(entry: Any, where: str, problems: list[Problem]) -> HeaderPatt
     return HeaderPattern(texts["header"].lower(), texts["pattern"], user_id, regex, where, entry.get("mode"))
 
 
-def repeated_patterns(patterns: Sequence[HeaderPattern]) -> Iterator[Problem]:
-    """A warning for each pattern that is there already, for the same header."""
-    first: dict[tuple[str, str], HeaderPattern] = {}
-    for pattern in patterns:
-        before = first.setdefault((pattern.header, pattern.pattern), pattern)
-        if before is not pattern:
-            yield Problem(pattern.where, f"has the header and the pattern of {before.where}", warning=True)
+def repeated(items: Iterable[tuple[str, Any]], message: str) -> Iterator[Problem]:
+    """A warning for each item that equals an earlier one; the message goes on with the key path of that one."""
+    seen: list[tuple[str, Any]] = []
+    for where, item in items:
+        first = next((place for place, other in seen if other == item), None)
+        if first:
+            yield Problem(where, f"{message} {first}", warning=True)
+        seen.append((where, item))
 
 
 def shown(value: Any) -> str:
