@@ -1036,15 +1036,14 @@ def check_mappings(section: Any, problems: list[Problem]) -> Mappings:
     if section is None:
         message = f"is missing: all clients get the memory {Mappings.default_user_id}"
         problems.append(Problem(where, message, warning=True))
-        return Mappings()
-    if not isinstance(section, dict):
+    elif not isinstance(section, dict):
         problems.append(Problem(where, f"must be a mapping, not {shown(section)}"))
-        return Mappings()
-    problems.extend(unknown_keys(section, MAPPING_KEYS, where))
-    values = {key: section[key] for key in ("custom_header", "default_user_id", "inject_header") if key in section}
+    given = section if isinstance(section, dict) else {}
+    problems.extend(unknown_keys(given, MAPPING_KEYS, where))
+    values = {key: given[key] for key in ("custom_header", "default_user_id", "inject_header") if key in given}
     wrong = mapping_problems(values)
     problems.extend(Problem(f"{where}.{key}", message) for key, message in wrong.items())
-    entries = section.get("header_patterns") or []
+    entries = given.get("header_patterns") or []
     if not isinstance(entries, list):
         problems.append(Problem(f"{where}.header_patterns", f"must be a list, not {shown(entries)}"))
         entries = []
@@ -1054,7 +1053,7 @@ def check_mappings(section: Any, problems: list[Problem]) -> Mappings:
     problems.extend(repeated(described, "has the header and the pattern of"))
     right = {key: value for key, value in values.items() if key not in wrong}
     lowered = {key: value.lower() if "header" in key and value else value for key, value in right.items()}
-    return Mappings(patterns=patterns, **lowered, **check_conversation(section, problems))
+    return Mappings(patterns=patterns, **lowered, **check_conversation(given, problems))
 
 
 def check_conversation(section: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
@@ -1150,9 +1149,10 @@ def shown(value: Any) -> str:
     return text if 0 < len(text) <= MAX_SHOWN else kinds.get(type(value), type(value).__name__)
 
 
-def unknown_keys(section: Mapping[str, Any], known: Sequence[str], where: str) -> list[Problem]:
-    """A problem for each key of this program's own sections that it does not know."""
-    return [Problem(f"{where}.{key}", f"is unknown (known: {', '.join(known)})") for key in section if key not in known]
+def unknown_keys(section: Any, known: Sequence[str], where: str, *, warning: bool = False) -> list[Problem]:
+    """A problem for each key of this program's own sections that it does not know; none of what is no mapping."""
+    keys = [key for key in section if key not in known] if isinstance(section, dict) else []
+    return [Problem(f"{where}.{key}", f"is unknown (known: {', '.join(known)})", warning) for key in keys]
 
 
 def value_at(document: Any, where: str) -> Any:
@@ -1180,10 +1180,8 @@ def unknown_settings(document: Mapping[str, Any]) -> Iterator[Problem]:
     """A warning for each key of this program's corner of LiteLLM's sections that it does not know."""
     corner = "general_settings.experimental"
     for where in (corner, f"{corner}.circuit_breaker"):
-        section = value_at(document, where)
         known = [key for path, _, key in (name.rpartition(".") for name in SETTINGS) if path == where]
-        for problem in unknown_keys(section, known, where) if isinstance(section, dict) else ():
-            yield replace(problem, warning=True)
+        yield from unknown_keys(value_at(document, where), known, where, warning=True)
 
 
 def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None:
