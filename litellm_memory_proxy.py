@@ -150,6 +150,7 @@ from logging.handlers import RotatingFileHandler
 from operator import attrgetter
 from pathlib import Path
 from queue import SimpleQueue
+from traceback import walk_tb
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -291,14 +292,8 @@ LITELLM_STATUS = {
 
 # What a broken connection is called by the libraries under LiteLLM (httpx, aiohttp, the sockets) → status.
 CONNECTION_STATUS = {
-    "TimeoutException": 504,
-    "TimeoutError": 504,
-    "ServerTimeoutError": 504,
-    "TransportError": 502,
-    "ClientError": 502,
-    "ConnectionError": 502,
-    "gaierror": 502,
-    "SSLError": 502,
+    **dict.fromkeys(("TimeoutException", "TimeoutError", "ServerTimeoutError"), 504),
+    **dict.fromkeys(("TransportError", "ClientError", "ConnectionError", "gaierror", "SSLError"), 502),
 }
 
 
@@ -959,11 +954,8 @@ def missing_of_credentials(
 
     What a deployment says itself wins over its credential.
     """
-    named = {
-        str(entry.get("credential_name")): f"{where}.credential_values."
-        for where, entry in items_at(document, "credential_list")
-        if isinstance(entry, dict)
-    }
+    credentials = [(where, entry) for where, entry in items_at(document, "credential_list") if isinstance(entry, dict)]
+    named = {str(entry.get("credential_name")): f"{where}.credential_values." for where, entry in credentials}
     lacking: list[tuple[str, str]] = []
     for model, entry in sound_models(document):
         params = entry["litellm_params"]
@@ -971,8 +963,9 @@ def missing_of_credentials(
         if name and str(name) not in named:
             problems.append(Problem(where, "is not in credential_list", warning=True))
         elif name:
-            under, own = named[str(name)], {f"{named[str(name)]}{key}" for key in params}
-            lacking.extend((where, unset) for path, unset in missing if path.startswith(under) and path not in own)
+            under = named[str(name)]
+            unset = ((path.removeprefix(under), variable) for path, variable in missing if path.startswith(under))
+            lacking.extend((where, variable) for key, variable in unset if key not in params)
     return lacking
 
 
@@ -1021,13 +1014,14 @@ def model_problems(entry: Any, where: str) -> list[Problem]:
     if not isinstance(entry, dict):
         return [Problem(where, "must be a mapping with model_name and litellm_params")]
     params = entry.get("litellm_params")
-    checks = (
-        (f"{where}.model_name", entry.get("model_name"), str, "must be a non-empty string"),
-        (f"{where}.litellm_params", params, dict, "must be a mapping"),
-        (f"{where}.litellm_params.model", params.get("model") if isinstance(params, dict) else "-", str,
-         'must name the model, such as "anthropic/claude-sonnet-4-5"'),
-    )  # fmt: skip
-    return [Problem(path, message) for path, value, kind, message in checks if not (isinstance(value, kind) and value)]
+    called = params.get("model") if isinstance(params, dict) else "-"
+    checks: tuple[tuple[str, Any, type, str], ...] = (
+        ("model_name", entry.get("model_name"), str, "must be a non-empty string"),
+        ("litellm_params", params, dict, "must be a mapping"),
+        ("litellm_params.model", called, str, 'must name the model, such as "anthropic/claude-sonnet-4-5"'),
+    )
+    wrong = ((key, message) for key, value, kind, message in checks if not (isinstance(value, kind) and value))
+    return [Problem(f"{where}.{key}", message) for key, message in wrong]
 
 
 def check_mappings(section: Any, problems: list[Problem]) -> Mappings:
@@ -1065,14 +1059,13 @@ def check_conversation(section: Mapping[str, Any], problems: list[Problem]) -> d
         problems.append(Problem(where, f"must be a mapping with {' and '.join(CONVERSATION_KEYS)}, not {shown(given)}"))
         return {}
     wrong = unknown_keys(given, CONVERSATION_KEYS, where)
-    sources, target = given.get("from_headers") or [], given.get("inject_header") or ""
+    sources: Any = given.get("from_headers")
+    target: Any = given.get("inject_header") or ""
     if not (isinstance(sources, list) and sources and all(map(is_header_name, sources))):
-        wrong.append(
-            Problem(f"{where}.from_headers", f"must be a list of header names, not {shown(given.get('from_headers'))}")
-        )
-    if not is_header_name(target) or str(target).lower() in TAKEN_HEADERS:
+        wrong.append(Problem(f"{where}.from_headers", f"must be a list of header names, not {shown(sources)}"))
+    if not is_header_name(target) or target.lower() in TAKEN_HEADERS:
         wrong.append(Problem(f"{where}.inject_header", f"must be the name of a header of its own, not {shown(target)}"))
-    elif str(target).lower() == str(section.get("inject_header", Mappings.inject_header)).lower():
+    elif target.lower() == str(section.get("inject_header", Mappings.inject_header)).lower():
         wrong.append(Problem(f"{where}.inject_header", "must differ from user_id_mappings.inject_header"))
     problems.extend(wrong)
     if wrong:
@@ -1302,14 +1295,9 @@ def route_memory(headers: Headers, mappings: Mappings) -> Route:
 
 def route_info(route: Route) -> dict[str, Any]:
     """The answer of ``GET /memory-routing/info``."""
-    pattern = route.pattern and {
-        "header": route.pattern.header,
-        "pattern": route.pattern.pattern,
-        "user_id": route.pattern.user_id,
-    }
     return {
         "user_id": route.user_id,
-        "matched_pattern": pattern,
+        "matched_pattern": route.pattern and {key: getattr(route.pattern, key) for key in PATTERN_KEYS},
         "custom_header_present": route.custom,
         "is_default": not (route.custom or route.pattern),
     }
@@ -1355,9 +1343,7 @@ def samples(regex: re.Pattern[str]) -> list[str]:
                 return [""]
             case "FAILURE", _:
                 return []
-            case "SUBPATTERN", (*_, items):
-                return texts_of(items)
-            case "ATOMIC_GROUP", items:
+            case ("SUBPATTERN", (*_, items)) | ("ATOMIC_GROUP", items):
                 return texts_of(items)
             case "BRANCH", (_, branches):
                 return [text for items in branches for text in texts_of(items)]
@@ -2095,12 +2081,8 @@ def process_figures() -> dict[str, float]:
 
 def where_raised(error: BaseException) -> str:
     """File and line of an exception, innermost last: a traceback that fits a log line."""
-    frames = []
-    trace = error.__traceback__
-    while trace:
-        frames.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    return " > ".join(frames)
+    frames = walk_tb(error.__traceback__)
+    return " > ".join(f"{Path(frame.f_code.co_filename).name}:{line}" for frame, line in frames)
 
 
 def defect(error: Exception, request_id: str, log: Log) -> ProxyError:
