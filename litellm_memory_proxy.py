@@ -1940,12 +1940,10 @@ class Metrics:
             outcomes = [self._outcome(*self._ended.popleft()) for _ in range(len(self._ended))]
             self._count_requests(outcomes)
             for outcome in outcomes:  # under the lock, so that `Log.flush` waits for them, and they keep their order
+                level = "DEBUG" if outcome.ended.backend == OWN else "INFO"
+                name = "client_gone" if outcome.ended.status == 499 else "answered"
                 if outcome.ended.method:  # what could not be read has been logged as refused
-                    self._log_request(outcome)
-
-    def _log_request(self, outcome: Outcome) -> None:
-        name = "client_gone" if outcome.ended.status == 499 else "answered"
-        self._log.event("DEBUG" if outcome.ended.backend == OWN else "INFO", "request", name, outcome=outcome)
+                    self._log.event(level, "request", name, outcome=outcome)
 
     def _outcome(self, ended: Ended, tally: Tally | None, lines: str) -> Outcome:
         """What is to be said of a request; the memory service has perhaps shown itself in its answer's headers."""
@@ -2020,12 +2018,10 @@ class Metrics:
 
     def snapshot(self) -> dict[str, Any]:
         """As JSON: metric → its value, or a list of rows with ``value`` and a key for each label."""
-        figures: dict[str, Any] = {}
-        for name, rows in self.samples().items():
-            lone = rows.get(())
-            figures[name] = (
-                lone if lone is not None else [{**dict(labels), "value": value} for labels, value in rows.items()]
-            )
+        figures: dict[str, Any] = {
+            name: rows[()] if () in rows else [{**dict(labels), "value": value} for labels, value in rows.items()]
+            for name, rows in self.samples().items()
+        }
         with self._lock:
             for name, histogram in self._histograms.items():
                 figures[name] = {"count": sum(histogram.counts), "sum": round(histogram.sum, 6)}
