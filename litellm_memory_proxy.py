@@ -1717,7 +1717,7 @@ class Tally:
         """The figures so far. Anthropic counts cached input tokens beside the others, OpenAI among them."""
         counted = {name: value for name, value in self._counted.items() if value is not None}
         if not counted:
-            return NO_USAGE if self.known_cost is None else Usage(cost_usd=self.known_cost)
+            return Usage(cost_usd=self.known_cost)
         cached = sum(int(counted.get(f"cache_{kind}_input_tokens") or 0) for kind in ("read", "creation"))
         given = counted.get("prompt_tokens")
         tokens_in = given if given is not None else int(counted.get("input_tokens") or 0) + cached
@@ -1984,10 +1984,9 @@ class Metrics:
     def _bounded(self, name: str, value: str) -> str:
         """The value of a label, or ``other`` where it would be one too many."""
         known = self._known[name]
-        if value not in known:
-            if len(known) >= MAX_LABELS:
-                return "other"
-            known.add(value)
+        if value not in known and len(known) >= MAX_LABELS:
+            return "other"
+        known.add(value)
         return value
 
     def _count(self, name: str, amount: float | None, *values: str) -> None:
@@ -2133,7 +2132,8 @@ class CircuitBreaker:
             granted = self.state is State.CLOSED or (self.state is State.HALF_OPEN and not self._probing)
             self._probing |= granted and self.state is State.HALF_OPEN
             ticket = self._epoch if granted or out_of_turn else None
-        self._tell(changed)
+        if changed:
+            self._on_change(*changed)
         return ticket
 
     def report(self, ticket: int | None, worked: bool | None) -> None:
@@ -2150,7 +2150,8 @@ class CircuitBreaker:
                 changed = self._enter(State.CLOSED)
             elif self.state is State.HALF_OPEN or self.failures >= self._threshold:
                 changed = self._enter(State.OPEN)
-        self._tell(changed)
+        if changed:
+            self._on_change(*changed)
 
     def _enter(self, new: State) -> tuple[State, State] | None:
         old = self.state
@@ -2161,10 +2162,6 @@ class CircuitBreaker:
             self._opened = self._clock()
             self.trips += old is State.CLOSED
         return old, new
-
-    def _tell(self, changed: tuple[State, State] | None) -> None:
-        if changed:
-            self._on_change(*changed)
 
 
 # ── wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
