@@ -226,7 +226,7 @@ RETRY_AFTER_SECONDS = 5  # what a client is told to wait while the LiteLLM serve
 
 MAX_LOGGED = 500  # characters of a path in a log line, or of an example in load's table
 MAX_MESSAGE = 20_000  # characters of an error message
-MAX_KEPT_BYTES = 5 * MAX_MESSAGE  # of an error that is read piece by piece: its message is longer, and cut as one text
+MAX_KEPT_BYTES = 5 * MAX_MESSAGE  # of an error's body that comes in pieces: more than is shown, which `Redactor` cuts
 MAX_KEY = 2000  # characters of a key that is known by its shape alone
 MAX_LABELS = 100  # distinct memory ids or models in the metrics; the rest is "other"
 MAX_DURATIONS = 10_000  # kept for the percentiles of the last ...
@@ -1438,7 +1438,8 @@ class Redactor:
     """Replaces secrets in texts: known ones by value, unknown ones by shape (``sk-…``, ``Bearer …``)."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        longest_first = sorted(secrets, key=len, reverse=True)
+        shown = {form for secret in secrets for form in (secret, one_line(secret))}  # the log has it in one line
+        longest_first = sorted(shown, key=len, reverse=True)
         self._values = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._reach = 2 * max([MAX_KEY, *map(len, longest_first)])  # twice: what is replaced brings more into view
 

@@ -1555,6 +1555,14 @@ def test_a_log_line_cannot_be_forged(tmp_path: Path) -> None:
         assert text.count("\n") == 1 and "\r" not in text and "\x1b" not in text and "\u2028" not in text
 
 
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_key_of_several_lines_is_redacted_in_a_line_of_the_log(as_json: bool) -> None:
+    log = proxy.Log(io.StringIO(), as_json=as_json, redact=proxy.Redactor(["-----BEGIN\nMIIEvQ\n-----END"]))
+    log.event("WARNING", "test", "said", message="no such file: -----BEGIN\nMIIEvQ\n-----END")
+    log.flush()
+    assert "no such file: [redacted]" in log._stream.getvalue() and "MIIE" not in log._stream.getvalue()
+
+
 def test_an_exception_that_nobody_can_catch_is_a_line_in_the_log() -> None:
     code = (
         "import sys, litellm_memory_proxy as proxy\n"
