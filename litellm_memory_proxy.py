@@ -494,6 +494,10 @@ class Problem:
         """Its file, line and key path, as far as it has them."""
         return ": ".join(filter(None, (f"{self.file}:{self.line}" if self.line else self.file, self.where)))
 
+    def at(self, mark: yaml.Mark) -> Problem:
+        """The same problem at a place that YAML knows; it counts lines from 0."""
+        return replace(self, file=str(mark.name), line=mark.line + 1)
+
     def __str__(self) -> str:
         return f"{self.place}: {self.message}" if self.place else self.message
 
@@ -816,8 +820,7 @@ def read_file(
                 lines = (item.start_mark.line + 1 for item in value.value)
                 included = [(str(Path(path).parent / str(name)), line) for name, line in zip(names, lines, strict=True)]
             elif names:
-                line = key.start_mark.line + 1
-                problems.append(Problem("include", "must be a list of files", file=path, line=line))
+                problems.append(Problem("include", "must be a list of files").at(key.start_mark))
     except yaml.YAMLError as error:
         raise ConfigError([syntax_problem(path, error)]) from None
     root.value = [pair for pair in root.value if pair not in include]
@@ -851,7 +854,7 @@ def syntax_problem(path: str, error: yaml.YAMLError) -> Problem:
     mark = error.problem_mark or error.context_mark
     said = ", ".join(filter(None, (error.context, error.problem)))
     message = re.sub(r"(alias|anchor|tag) ['\"].*['\"]", r"\1", " ".join(said.split()))  # `password: *secret` is one
-    return Problem("YAML", message, file=mark.name if mark else path, line=mark.line + 1 if mark else None)
+    return Problem("YAML", message).at(mark) if mark else Problem("YAML", message, file=path)
 
 
 def values_of(root: yaml.MappingNode) -> dict[str, Any]:
@@ -896,7 +899,7 @@ def repeated_keys(node: yaml.Node, where: str, seen: set[int]) -> Iterator[Probl
         before = first.setdefault((key.tag, path), mark)
         if before is not mark and key.tag != "tag:yaml.org,2002:merge":
             message = f"stands here again (first in line {before.line + 1}): only the last one counts"
-            yield Problem(path, message, warning=True, file=mark.name, line=mark.line + 1)
+            yield Problem(path, message, warning=True).at(mark)
         yield from repeated_keys(value, path, seen)
 
 
@@ -909,15 +912,14 @@ def places(node: yaml.Node, where: str = "") -> Iterator[tuple[str, yaml.Mark]]:
 
 def locate(problems: Iterable[Problem], root: yaml.MappingNode) -> list[Problem]:
     """The problems with file and line; one about a key that is not there has those of what it is missing from."""
-    found = {**dict(places(root)), "": root.start_mark}
+    found = {"": root.start_mark, **dict(places(root))}
 
     def mark_of(where: str) -> yaml.Mark:
         while where not in found:
             where = re.sub(r"(^|\.|\[)[^.\[]*$", "", where)
         return found[where]
 
-    marked = ((problem, mark_of(problem.where)) for problem in problems)
-    return [said if said.file else replace(said, file=mark.name, line=mark.line + 1) for said, mark in marked]
+    return [problem if problem.file else problem.at(mark_of(problem.where)) for problem in problems]
 
 
 def files_of(path: str) -> list[str]:
