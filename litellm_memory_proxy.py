@@ -140,7 +140,6 @@ from collections.abc import (
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from difflib import get_close_matches
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from importlib import import_module
@@ -1165,10 +1164,12 @@ def items_at(document: Any, where: str) -> list[tuple[str, Any]]:
 
 def misspelt_sections(document: Mapping[str, Any]) -> Iterator[Problem]:
     """A warning for each top-level key that is nearly one that this program reads; LiteLLM knows many more."""
-    for key in document:
-        for meant in get_close_matches(str(key), TOP_LEVEL_KEYS, 1, MISSPELT):
+    from difflib import get_close_matches
+
+    for key in map(str, document):
+        for meant in get_close_matches(key, TOP_LEVEL_KEYS, 1, MISSPELT):
             if key != meant:
-                yield Problem(str(key), f"is unknown: {meant} may be meant", warning=True)
+                yield Problem(key, f"is unknown: {meant} may be meant", warning=True)
 
 
 def unknown_settings(document: Mapping[str, Any]) -> Iterator[Problem]:
