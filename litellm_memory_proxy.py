@@ -310,7 +310,7 @@ class ProxyError(Exception):
         headers: further response headers, such as ``Allow`` or ``Retry-After``.
         kind: the error type of the dialect, where the provider named one; else it follows from the status.
         param: the field of the request that is at fault (OpenAI dialect).
-        code: a machine-readable reason (OpenAI dialect).
+        code: a machine-readable reason.
         blame: ``CLIENT``, ``PROVIDER``, ``BACKEND``, ``UNSURE`` or ``RESTING``; of the last three, another backend may
             do better.
     """
@@ -344,7 +344,8 @@ class ProxyError(Exception):
         if dialect == ANTHROPIC:
             usual = ANTHROPIC_TYPES.get(self.status, default)
             kind = self.kind if self.kind in ANTHROPIC_TYPES.values() else usual  # clients know no others
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            details = {"details": {"error_code": self.code}} if self.code else {}
+            return {"type": "error", "error": {"type": kind, "message": self.message, **details}}
         kind = self.kind or OPENAI_TYPES.get(self.status, default)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -4223,6 +4224,10 @@ class SdkBackend:
                 raise ProxyError(400, f"{name!r} must be a JSON {JSON_TYPES[kind]}", param=name)
         if not all(isinstance(message, dict) for message in params.get("messages", ())):
             raise ProxyError(400, "each of 'messages' must be a JSON object", param="messages")
+        if endpoint.function == "aanthropic_messages" and params.get("thread"):
+            raise ProxyError(400, "LiteLLM passes no 'thread' on: send all messages", code="thread_unsupported_request")
+        if endpoint.function == "aresponses" and params.get("conversation"):  # LiteLLM would leave it out
+            params["extra_body"] = {"conversation": params.pop("conversation"), **params.get("extra_body", {})}
         for name in (*params, *(params.get("extra_body") or ())):
             own = name in self._own_params or name.startswith(FORBIDDEN_PREFIXES)
             if own and name not in CLIENT_PARAMS:

@@ -2402,6 +2402,21 @@ def test_a_null_is_as_good_as_nothing(sdk: Proxy, provider: Provider, path: str,
         assert answer.status_code == 200, (field_name, answer.text)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_model_answers_without_the_conversation_so_far(sdk: Proxy, provider: Provider, stream: bool) -> None:
+    """LiteLLM leaves both fields out that stand for it; Anthropic's clients send all messages where a thread fails."""
+    more = {"conversation": {"id": "conv_1"}, "extra_body": {"moderation": "x"}}
+    assert sdk.post(RESPONSES, body_for(RESPONSES, "gpt", stream=stream, **more)).status_code == 200
+    assert provider.last.body["conversation"] == {"id": "conv_1"} and provider.last.body["moderation"] == "x"
+    provider.got.clear()
+    for name in ("claude", "gpt"):
+        thread = {"type": "continue", "previous_message_id": "msg_1"}
+        answer = sdk.post(MESSAGES, body_for(MESSAGES, name, stream=stream, thread=thread))
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert answer.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
+    assert not provider.got
+
+
 def test_wrong_methods_and_unknown_paths(sdk: Proxy) -> None:
     for path in ("/v1/chat/completions", "/v1/messages"):
         response = sdk.client.get(path)
