@@ -1196,7 +1196,10 @@ def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None
 
 
 def header_warnings(document: Mapping[str, Any], inject_header: str) -> Iterator[Problem]:
-    """A warning wherever the injected header would not arrive as it was injected."""
+    """A warning wherever the injected header would not arrive as it was injected, or not keep memories apart."""
+    if value_at(document, "litellm_settings.cache"):
+        message = "in binary mode LiteLLM's server answers any client with what another one's memory went into"
+        yield Problem("litellm_settings.cache", message, warning=True)
     forwards = "general_settings.forward_client_headers_to_llm_api"
     if value_at(document, forwards) is not True:
         message = f"is not true: in binary mode LiteLLM's server drops {inject_header}, and with it the memory"

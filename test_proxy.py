@@ -1133,6 +1133,13 @@ def test_what_is_there_twice_is_a_warning(tmp_path: Path) -> None:
     assert "header_patterns[0]" in said["user_id_mappings.header_patterns[2]"]
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_cache_that_all_memories_share_is_a_warning(tmp_path: Path, cache: bool) -> None:
+    document = {"model_list": [model("a", "openai/a", "http://h")], "litellm_settings": {"cache": cache}}
+    warned = {problem.where for problem in proxy.load_config(write_config(tmp_path, document)).warnings}
+    assert ("litellm_settings.cache" in warned) == cache
+
+
 HOSTILE: dict[str, Any] = {  # user_id_mappings that are not what they should be → where the errors are
     "[a]": {""},
     "7": {""},
