@@ -4540,12 +4540,20 @@ def unshared(value: Any) -> Any:
 
 
 SERVER_SETTINGS = ("guardrails", "custom_provider_map", "post_call_rules")  # code that LiteLLM's server loads
+# What LiteLLM's server alone does; who relies on it (a guardrail keeps secrets back) is told that the SDK does not.
+SERVER_PARTS = (
+    *("guardrails", "policies", "prompts", "mcp_servers", "vector_store_registry", "search_tools"),
+    *("general_settings.custom_auth", "general_settings.pass_through_endpoints"),
+)
 
 
 def litellm_attributes(litellm: Any, config: Config, log: Log) -> dict[str, Any]:
     """``litellm_settings`` as LiteLLM's server understands them: each is an attribute of the module."""
     settings = config.section("litellm_settings")
     found: dict[str, Any] = {}
+    for where in SERVER_PARTS:
+        if value_at(config.document, where):
+            log.event("WARNING", "config", "server_part", message=f"{where} works in binary mode only")
     for key, value in settings.items():
         if key == "cache":
             found["cache"] = litellm.Cache(**settings.get("cache_params") or {}) if value else None

@@ -3030,6 +3030,14 @@ def test_a_model_that_litellm_cannot_use_is_named_and_the_debug_log_shows_why(sh
     assert re.search("Error creating deployment.*no-such-provider/m", running.output)
 
 
+def test_the_start_names_what_litellms_server_alone_does(shared_provider: Provider) -> None:
+    """Else who has a guardrail in the config would think it at work."""
+    guard = {"guardrail_name": "secrets", "litellm_params": {"guardrail": "hide-secrets", "mode": "pre_call"}}
+    running = Proxy(config_for(shared_provider, guardrails=[guard], mcp_servers={}), "--mode", "sdk")
+    assert running.stop() == 0
+    assert "guardrails works in binary mode only" in running.output and "mcp_servers" not in running.output
+
+
 # The routes that LiteLLM takes, each to a path of its own at a host that demands its cookie there.
 COOKIE_ROUTES: dict[str, tuple[str, str, str]] = {  # name: (path at the proxy, LiteLLM model, end of api_base)
     "chat-openai": (CHAT, "openai/gpt-4o-mini", "/v1"),
