@@ -4207,6 +4207,8 @@ class SdkBackend:
         if "response_id" in given:
             if not given["response_id"].startswith(RESPONSE_ID):
                 raise ProxyError(404, f"the response {given['response_id']!r} does not exist", param="response_id")
+            if request.query.get("stream") == "true":  # OpenAI's client would find no event in a whole answer
+                raise ProxyError(400, "a stored response comes whole in sdk mode, not as a stream", param="stream")
             return dict(given)
         params = {**endpoint.read(request), **given}
         model = params.get("model")

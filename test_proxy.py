@@ -3638,6 +3638,9 @@ def test_a_stored_response_can_be_fetched_and_deleted(sdk: Proxy, provider: Prov
     assert fetched.status_code == 200 and fetched.json()["object"] == "response", fetched.text
     assert (provider.last.method, provider.last.path) == ("GET", "/v1/responses/resp_1")
     assert provider.last.header("x-sm-user-id") == "claude-code"
+    provider.got.clear()
+    streamed = sdk.client.get(f"/v1/responses/{made['id']}?stream=true")
+    assert streamed.status_code == 400 and streamed.json()["error"]["param"] == "stream" and not provider.got
     provider.script = lambda _got: Reply(b'{"id": "resp_1", "object": "response", "deleted": true}')
     deleted = sdk.client.delete(f"/v1/responses/{made['id']}")
     assert deleted.status_code == 200 and deleted.json()["deleted"] is True
