@@ -48,6 +48,8 @@ make_venv() {
     fi
 }
 
+litellm_version() { "$py" -c 'from importlib.metadata import version; print(version("litellm"))' 2>/dev/null; }
+
 # need WHAT REQUIREMENT...: install what is not there yet; WHAT tells the user what for, and how much it is.
 need() {
     what=$1
@@ -56,12 +58,16 @@ need() {
     for requirement; do grep -qxF -e "$requirement" "$stamp" 2>/dev/null || missing=1; done
     [ $missing = 1 ] || return 0
     say "installing $what: $*"
+    before=$(litellm_version) || before=
     if command -v uv >/dev/null 2>&1; then
         uv pip install --quiet --python "$py" "$@"
     else
         "$py" -m pip install --quiet --disable-pip-version-check "$@"
     fi
     for requirement; do echo "$requirement" >>"$stamp"; done
+    after=$(litellm_version) || after=
+    [ "${before:-$after}" = "$after" ] || # the server's may be an older one; LiteLLM loads much of itself only later
+        say "LiteLLM $before is now $after: a proxy that runs from here fails until it is started again"
 }
 
 need_lines() { # need WHAT, with the requirements from standard input, one a line

@@ -8206,6 +8206,7 @@ def test_run_sh_installs_the_server_only_for_what_needs_it(tmp_path: Path, argum
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     noted = '[ "${2-}" = pip ] && { echo "$@" >>"$0.pip"; exit; }'
+    noted += '\ncase "$*" in *metadata*) [ -e "$0.pip" ] && echo 1.1 || echo 1.2; exit; esac'  # the server's is older
     python.write_text(f'#!/bin/sh\n{noted}\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     requirements = re.findall(r'^#   "(.*)",$', MODULE.read_text(), re.M)
@@ -8214,6 +8215,7 @@ def test_run_sh_installs_the_server_only_for_what_needs_it(tmp_path: Path, argum
     result = subprocess.run([HERE / "run.sh", *arguments], env=environment, capture_output=True, text=True)
     assert result.stdout.count("usage:") == ("--help" in arguments)
     assert Path(f"{python}.pip").exists() == server
+    assert ("LiteLLM 1.2 is now 1.1: a proxy that runs from here fails" in result.stderr) == server
 
 
 if __name__ == "__main__":
