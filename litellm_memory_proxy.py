@@ -96,6 +96,7 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 import argparse
+import base64
 import enum
 import errno
 import fnmatch
@@ -4231,6 +4232,9 @@ class SdkBackend:
             raise ProxyError(400, "each of 'messages' must be a JSON object", param="messages")
         if endpoint.function == "aanthropic_messages" and params.get("thread"):
             raise ProxyError(400, "LiteLLM passes no 'thread' on: send all messages", code="thread_unsupported_request")
+        if endpoint.function == "aresponses" and from_chat(params.get("previous_response_id")):
+            message = "no provider keeps the response of 'previous_response_id': send the whole conversation"
+            raise ProxyError(400, message, param="previous_response_id", code="previous_response_not_found")
         if endpoint.function == "aresponses" and params.get("conversation"):  # LiteLLM would leave it out
             params["extra_body"] = {"conversation": params.pop("conversation"), **params.get("extra_body", {})}
         for name in (*params, *(params.get("extra_body") or ())):
@@ -4461,6 +4465,14 @@ OPTIONAL_SHAPE = {
     **dict.fromkeys("stream_options metadata litellm_metadata extra_body cache".split(), dict),
     "tools": list,
 }
+
+
+def from_chat(response_id: Any) -> bool:
+    """Whether LiteLLM made this response out of a chat completion, such as Claude's; its id says so in base64."""
+    try:
+        return b"response_id:chatcmpl-" in base64.b64decode(str(response_id).removeprefix("resp_"))
+    except ValueError:
+        return False
 
 
 def not_for_clients(name: str) -> ProxyError:

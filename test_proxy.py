@@ -3650,6 +3650,17 @@ def test_a_stored_response_can_be_fetched_and_deleted(sdk: Proxy, provider: Prov
     assert unknown.status_code == 404 and "'resp_unknown' does not exist" in unknown.json()["error"]["message"]
 
 
+def test_a_response_that_nobody_keeps_is_not_followed_without_its_conversation(sdk: Proxy, provider: Provider) -> None:
+    """OpenAI's code for it, at which clients send the whole conversation."""
+    made = sdk.post(RESPONSES, {"model": "claude", "input": "hello"}).json()
+    provider.got.clear()
+    follow = sdk.post(RESPONSES, {"model": "claude", "input": "more", "previous_response_id": made["id"]})
+    assert (follow.status_code, follow.json()["error"]["code"]) == (400, "previous_response_not_found")
+    assert not provider.got
+    for odd in ("resp_\u00e9", "resp_A", "resp_1", None, 7):
+        assert not proxy.from_chat(odd)
+
+
 @pytest.mark.parametrize("prefix", ["/openai/deployments/gpt", "/engines/gpt", "/v1/engines/gpt"])
 def test_azures_paths_name_the_model(sdk: Proxy, provider: Provider, prefix: str) -> None:
     body = {"messages": chat_body()["messages"]}
