@@ -4206,7 +4206,7 @@ class SdkBackend:
     def _params(self, request: Request, endpoint: Endpoint, given: Mapping[str, str]) -> dict[str, Any]:
         """The parameters of path and body, checked as far as LiteLLM would stumble over them."""
         if "response_id" in given:
-            if not given["response_id"].startswith(RESPONSE_ID):
+            if not given["response_id"].startswith(RESPONSE_ID) or from_chat(given["response_id"]):
                 raise ProxyError(404, f"the response {given['response_id']!r} does not exist", param="response_id")
             if request.query.get("stream") == "true":  # OpenAI's client would find no event in a whole answer
                 raise ProxyError(400, "a stored response comes whole in sdk mode, not as a stream", param="stream")

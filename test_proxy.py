@@ -3656,6 +3656,7 @@ def test_a_response_that_nobody_keeps_is_not_followed_without_its_conversation(s
     provider.got.clear()
     follow = sdk.post(RESPONSES, {"model": "claude", "input": "more", "previous_response_id": made["id"]})
     assert (follow.status_code, follow.json()["error"]["code"]) == (400, "previous_response_not_found")
+    assert sdk.client.get(f"{RESPONSES}/{made['id']}").status_code == 404
     assert not provider.got
     for odd in ("resp_\u00e9", "resp_A", "resp_1", None, 7):
         assert not proxy.from_chat(odd)
