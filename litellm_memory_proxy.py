@@ -1433,9 +1433,9 @@ def never_decides(pattern: HeaderPattern, earlier: Sequence[HeaderPattern], cust
 # guide says in the place of a key is none.
 KEY_SHAPES = re.compile(
     r"""(?ix) ( \bbearer\s+
-              | ://(?=[^\s/"'@]*@)
               | \b[a-z_-]{0,40}api[-_]?key (?: \\*["'] )? \s* (?: [:=] | ,\s*(?=b?["']) ) \s* (?: b? \\*["'] )?
               ) (?! anything\b | \$[A-Z] ) [^\s"',}@\\]+
+            | (?<=://) [^\s/"'@]+ (?=@)
             | \bsk-[a-z0-9_-]{6,}"""
 )
 KEY_HINTS = ("bearer", "://", "key", "sk-")  # one of these is in every text that matches: few texts need the search

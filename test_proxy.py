@@ -1499,6 +1499,7 @@ def test_the_shipped_config_has_no_warning_but_for_its_keys() -> None:
         "x-supermemory-api-key=abcdefgh12345",
         "api_key='abcdefgh12345'",
         "http://me:abcdefgh12345@host:8080/v1",
+        "http://me:pass,abcdefgh12345@host:8080/v1",
     ],
 )
 def test_secrets_are_redacted_by_value_and_by_shape(text: str) -> None:
