@@ -593,11 +593,14 @@ class Config:
 
     @property
     def silent_seconds(self) -> float:
-        """How long LiteLLM's server may say nothing: all of its attempts, whole or streamed."""
-        router = self.section("router_settings")
-        retries = router.get("num_retries", self.section("litellm_settings").get("num_retries"))
-        attempts = 1 + (LITELLM_RETRIES if retries is None else int(retries))
-        return max(self.request_seconds, float(router.get("stream_timeout") or 0)) * attempts
+        """How long LiteLLM's server may say nothing: all attempts at the most patient model, whole or streamed."""
+        router, general = self.section("router_settings"), self.section("litellm_settings")
+        models = [entry["litellm_params"] for _, entry in sound_models(self.document)]
+        waits = [params.get(name) for params in (router, *models) for name in ("timeout", "stream_timeout")]
+        given = (params.get("num_retries") for params in (router, general))
+        usual = next((retries for retries in given if retries is not None), LITELLM_RETRIES)
+        attempts: int = 1 + max([usual, *filter(RETRIES[0], (params.get("num_retries") for params in models))])
+        return float(max([self.request_seconds, *filter(SECONDS[0], waits)])) * attempts
 
 
 @dataclass(frozen=True)

@@ -989,6 +989,26 @@ def test_the_env_file_beside_the_config_counts(tmp_path: Path, monkeypatch: pyte
     assert proxy.load_config(config, {}).environment["WHERE"] == "elsewhere"
 
 
+# What the models have, `router_settings` and `litellm_settings` → how long LiteLLM's server may be silent, in seconds.
+PATIENCE: list[tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], float]] = [
+    ([{}], {}, {}, 3 * 600),
+    ([{}], {"timeout": 10}, {"num_retries": 0}, 10),
+    ([{}], {"timeout": 10, "stream_timeout": 20, "num_retries": 1}, {"num_retries": 5}, 2 * 20),
+    ([{}], {"num_retries": None}, {"request_timeout": 10, "num_retries": 5}, 6 * 10),
+    ([{}, {"timeout": 3600}], {"num_retries": 0}, {}, 3600),
+    ([{"stream_timeout": 700, "num_retries": 4}, {"timeout": "os.environ/UNSET"}], {}, {}, 5 * 700),
+]
+
+
+@pytest.mark.parametrize(("models", "router", "general", "seconds"), PATIENCE)
+def test_litellms_server_may_be_silent_as_long_as_the_most_patient_model(
+    tmp_path: Path, models: list[dict[str, Any]], router: dict[str, Any], general: dict[str, Any], seconds: float
+) -> None:
+    listed = [model(f"m{number}", "openai/x", "http://h", **params) for number, params in enumerate(models)]
+    document = {"model_list": listed, "router_settings": router, "litellm_settings": general}
+    assert proxy.load_config(write_config(tmp_path, document), {}).silent_seconds == seconds
+
+
 def test_a_pipe_is_no_config(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
     with pytest.raises(proxy.ConfigError, match="is no regular file"):
