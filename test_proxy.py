@@ -3032,7 +3032,7 @@ def test_a_header_that_is_no_ascii_does_not_fail_the_call(sdk: Proxy, provider: 
     ("sections", "said"),
     [
         ({"router_settings": {"routing_strategy": "nope"}}, "LiteLLM refuses this config"),
-        ({"router_settings": {"fallbacks": "nope"}}, "LiteLLM refuses this config"),
+        ({"router_settings": {"fallbacks": ["nope"]}}, "LiteLLM refuses this config"),
         ({"general_settings": {"master_key": "os.environ/UNSET_KEY"}}, "UNSET_KEY is not set"),
     ],
 )
