@@ -2954,6 +2954,7 @@ CHALLENGE_STATUS = (403, 429, 503)  # with a web page, or a header that says so;
 SIGNS_OF_LIFE = re.compile(rb'(?:(?::[^\r\n]*|event: ?ping|data: ?\{"type": ?"ping"[^\r\n]*)?\r?\n)*')
 OBJECT = re.compile(rb"\s*(?:\{|\Z)")  # as far as it has come
 ERROR_OBJECT = re.compile(rb'\s*\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[{"]')
+ERROR_DATA = re.compile(rb"(?m)^data:(" + ERROR_OBJECT.pattern + rb".*)")
 PROOF_COOKIE = "memory-proxy-proof"
 NO_HEADERS = Headers(())
 MAX_COOKIES = 180  # of a domain; Chrome keeps as many
@@ -2968,7 +2969,8 @@ class Exchange:
     failed; ``status``, else 0, and ``headers`` are of an answer that came, and ``body`` is its body where its status is
     an error's.
     ``alive``: some of the answer's body came; ``heard`` is the first piece of it that is more than a stream's comments
-    and pings, with what follows where it is a JSON object.
+    and pings, with what follows where it is a JSON object. ``error_data`` is an event's data that is an error object:
+    LiteLLM blurs some of them, and swallows others.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request that has no such header, the config's say, for routes on
     which LiteLLM sends none of a client's.
@@ -2982,6 +2984,7 @@ class Exchange:
     headers: Headers = NO_HEADERS
     alive: bool = False
     heard: bytes = b""
+    error_data: bytes = b""
     body: bytes = b""
     fault: Exception | None = None
     challenged: bool = False
@@ -2993,7 +2996,7 @@ class Exchange:
         """A request goes out: what an earlier attempt saw is forgotten."""
         self.sent, self.host, self.status = self.sent + 1, host, 0
         self.alive = self.connected = self.challenged = False
-        self.headers, self.heard, self.body, self.fault = NO_HEADERS, b"", b"", None
+        self.headers, self.heard, self.error_data, self.body, self.fault = NO_HEADERS, b"", b"", b"", None
 
     def answered(self, response: httpx.Response) -> None:
         """An answer came in; of an error, the body has been read."""
@@ -3007,6 +3010,8 @@ class Exchange:
             self.heard = b"" if SIGNS_OF_LIFE.fullmatch(data) else data[:MAX_KEPT_BYTES]
         elif len(self.heard) < MAX_KEPT_BYTES and OBJECT.match(self.heard):  # no stream's event: an error, perhaps
             self.heard += data[: MAX_KEPT_BYTES - len(self.heard)]
+        if b'"error"' in data and (event := ERROR_DATA.search(data)):
+            self.error_data = event[1]
 
     async def close(self) -> None:
         """Close the connection of an answer that was not read to its end: LiteLLM leaves some of them open."""
@@ -3501,7 +3506,8 @@ async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
     """LiteLLM's chunks of a chat, their usage taken in.
 
     Raises:
-        ProxyError: 502, something else came in place of a stream: LiteLLM makes an empty one of it.
+        ProxyError: an error event came that LiteLLM has swallowed; 502, something else came in place of a stream:
+            LiteLLM makes an empty one of it.
     """
     silent = True
     async for part in stream:
@@ -3509,6 +3515,8 @@ async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
         tally.add(getattr(part, "usage", None))
         yield part
     exchange = EXCHANGE.get()
+    if error := event_error(exchange):
+        raise error
     if silent and exchange.alive and not re.search("stream|ndjson", exchange.headers.get("content-type")):
         said = f"{exchange.host} answered with no stream, but with {sent_text(exchange.heard)}"
         raise ProxyError(502, said, blame=PROVIDER)
@@ -3617,11 +3625,12 @@ def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
     return {key: said[name] for key, name in names.items() if isinstance(said.get(name), str)}
 
 
-def event_error(error: BaseException) -> ProxyError | None:
-    """The error object of a stream of OpenAI's, which its client keeps as ``body`` of the exception that it raises."""
-    bodies = (getattr(cause, "body", None) for cause in causes(error))
-    said = next((body for body in bodies if isinstance(body, dict) and body.get("message")), None)
-    return stated_error(with_cause(said)) if said else None
+def event_error(exchange: Exchange, error: BaseException | None = None) -> ProxyError | None:
+    """The error object of a stream's event: as it came, or as OpenAI's client keeps it in the exception it raises."""
+    bodies = (getattr(cause, "body", None) for cause in causes(error)) if error else ()
+    kept = next((body for body in bodies if isinstance(body, dict) and body.get("message")), None)
+    said = provider_error(exchange.error_data) or (with_cause(kept) if kept else {})
+    return stated_error(said) if said else None
 
 
 async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -4312,7 +4321,7 @@ class SdkBackend:
 
     def _failure(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """What the client is told of an exception out of LiteLLM."""
-        if stated := false_answer(exchange) or (None if exchange.failed else event_error(error)):
+        if stated := false_answer(exchange) or event_error(exchange, None if exchange.failed else error):
             return stated
         if isinstance(error, ProxyError) and not exchange.failed:
             silent = exchange.sent and not exchange.heard  # then LiteLLM has made the error event

@@ -3895,6 +3895,27 @@ def test_the_route_of_a_client_that_is_not_at_hand_can_be_asked_for(sdk: Proxy, 
         assert asked("user-agent=")["is_default"] is True
 
 
+def test_an_error_event_reaches_every_dialect_in_the_providers_words(provider: Provider) -> None:
+    """LiteLLM puts its own names before some, fails over others, and ends as if there were none."""
+    said = {"type": "overloaded_error", "message": "the provider is on fire"}
+    ends = {MESSAGES: sse({"type": "error", "error": said}, "error")}
+
+    def script(got: Got) -> Reply:
+        usual = usual_answer(got)
+        return Reply(parts=[*(usual.parts or [])[:4], ends.get(got.path, sse({"error": said}))], headers=SSE)
+
+    provider.script = script
+    running = Proxy(config_for(provider, model("vllm", "hosted_vllm/x", f"{provider.url}/v1")))
+    for path in (CHAT, MESSAGES, RESPONSES, "/v1/completions"):
+        for name in ("gpt", "claude", "vllm"):
+            body = {"prompt": "hello"} if path == "/v1/completions" else body_for(path, name)
+            answer = running.post(path, {**body, "model": name, "stream": True})
+            assert answer.status_code == 200, answer.text
+            last = json.loads(events_of(answer)[-1][1])
+            assert (last["error"]["type"], last["error"]["message"]) == tuple(said.values()), (path, name, answer.text)
+    assert running.stop() == 0
+
+
 def test_an_error_in_mid_stream_is_logged_and_counted_as_one(sdk: Proxy, provider: Provider) -> None:
     provider.script = lambda _got: Reply(parts=openai_stream(["a", "b"])[:2], headers=SSE, cut=True)
     response = sdk.chat(stream=True)
