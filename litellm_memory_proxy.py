@@ -4862,13 +4862,13 @@ def hidden_params(result: Any) -> dict[str, Any]:
 
 
 def empty_class(made: type) -> None:
-    """Take the functions out of a class that LiteLLM's Router has made for one stream, which is over.
+    """Take the functions out of a class that LiteLLM has made for one stream, which is over.
 
     A class is a circle. By what its functions refer to it holds the stream's chunks and its conversation: megabytes,
     which would lie about until the garbage collector comes by. A class that is made once refers to no stream, and stays
     as it is.
     """
-    if made.__module__ != "litellm.router":
+    if not (made.__module__.startswith("litellm.") and "<locals>" in made.__qualname__):
         return
     functions = {name: member for name, member in vars(made).items() if isinstance(member, FunctionType)}
     held = [cell.cell_contents for function in functions.values() for cell in function.__closure__ or ()]
