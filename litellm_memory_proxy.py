@@ -3396,6 +3396,7 @@ LITELLM_INTERNALS = (
     ("litellm", "Router.discard", "reading the config again"),
     *(("litellm", name, "reading the config again") for name in CALLBACK_LISTS),
     ("litellm.utils", "callback_list", "reading the config again"),
+    ("litellm.utils", "ProviderConfigManager.get_provider_responses_api_config", "telling who keeps responses"),
 )
 
 # What LiteLLM's SDK imports without declaring it (BerriAI/litellm#18193, #32993): without them /v1/messages, tool calls
@@ -4479,12 +4480,24 @@ OPTIONAL_SHAPE = {
 }
 
 
+MADE_ID = re.compile(rb"litellm:custom_llm_provider:([^;]*);model_id:[^;]*;response_id:(chatcmpl-|resp_|)")
+
+
 def from_chat(response_id: Any) -> bool:
-    """Whether LiteLLM made this response out of a chat completion, such as Claude's; its id says so in base64."""
+    """Whether LiteLLM made this response out of a chat completion, such as Claude's; its id says so in base64.
+
+    Gemini's and others' completions have ids of any kind: there it is so where the provider has no responses API.
+    """
     try:
-        return b"response_id:chatcmpl-" in base64.b64decode(str(response_id).removeprefix("resp_"))
+        made = MADE_ID.match(base64.b64decode(str(response_id).removeprefix("resp_")))
     except ValueError:
         return False
+    if not made or made[2]:
+        return made is not None and made[2] == b"chatcmpl-"
+    from litellm.utils import ProviderConfigManager
+
+    provider = made[1].decode(errors="replace")
+    return ProviderConfigManager.get_provider_responses_api_config(provider=provider) is None
 
 
 def not_for_clients(name: str) -> ProxyError:

@@ -290,6 +290,7 @@ def response_object(output: list[Any]) -> dict[str, Any]:
 
 
 GEMINI = {
+    "responseId": "g1",
     "candidates": [{"content": {"parts": [{"text": "hello"}], "role": "model"}, "finishReason": "STOP", "index": 0}],
     "usageMetadata": {"promptTokenCount": 3, "candidatesTokenCount": 2, "totalTokenCount": 5},
 }
@@ -566,6 +567,7 @@ def sdk(shared_provider: Provider) -> Iterator[Proxy]:
         {"model_name": "implicit", "litellm_params": {"model": "groq/llama-3"}},
         model("ranker", "cohere/rerank-v3.5", shared_provider.url),
         model("embedder", "mistral/mistral-embed", f"{shared_provider.url}/v1"),
+        model("gemini", "gemini/gemini-2.5-flash", shared_provider.url),
     )
     aliases = {"smart": "gpt", "hidden": {"model": "claude", "hidden": True}, "bare": "keyless"}
     settings = {"fallbacks": [{"shaky": ["claude"]}], "num_retries": 0, "model_group_alias": aliases}
@@ -3671,16 +3673,32 @@ def test_a_stored_response_can_be_fetched_and_deleted(sdk: Proxy, provider: Prov
     assert unknown.status_code == 404 and "'resp_unknown' does not exist" in unknown.json()["error"]["message"]
 
 
-def test_a_response_that_nobody_keeps_is_not_followed_without_its_conversation(sdk: Proxy, provider: Provider) -> None:
+@pytest.mark.parametrize("name", ["claude", "gemini"])
+def test_a_response_that_nobody_keeps_is_not_followed_without_its_conversation(
+    sdk: Proxy, provider: Provider, name: str
+) -> None:
     """OpenAI's code for it, at which clients send the whole conversation."""
-    made = sdk.post(RESPONSES, {"model": "claude", "input": "hello"}).json()
+    made = sdk.post(RESPONSES, {"model": name, "input": "hello"}).json()
     provider.got.clear()
-    follow = sdk.post(RESPONSES, {"model": "claude", "input": "more", "previous_response_id": made["id"]})
+    follow = sdk.post(RESPONSES, {"model": name, "input": "more", "previous_response_id": made["id"]})
     assert (follow.status_code, follow.json()["error"]["code"]) == (400, "previous_response_not_found")
     assert sdk.client.get(f"{RESPONSES}/{made['id']}").status_code == 404
     assert not provider.got
     for odd in ("resp_\u00e9", "resp_A", "resp_1", None, 7):
         assert not proxy.from_chat(odd)
+
+
+@pytest.mark.parametrize(
+    ("provider_name", "own_id", "is_chat"),
+    [
+        *(("openai", "resp_1", False), ("xai", "0c1f", False)),
+        ("groq", "resp_1", False),  # its own, where the config says that it has the API
+        *(("openai", "chatcmpl-1", True), ("groq", "c1", True), ("None", "c1", True), ("\u00e9", "c1", True)),
+    ],
+)
+def test_whose_response_it_is_stands_in_its_id(provider_name: str, own_id: str, is_chat: bool) -> None:
+    said = f"litellm:custom_llm_provider:{provider_name};model_id:m;response_id:{own_id}"
+    assert proxy.from_chat(f"resp_{base64.b64encode(said.encode()).decode()}") == is_chat
 
 
 @pytest.mark.parametrize("prefix", ["/openai/deployments/gpt", "/engines/gpt", "/v1/engines/gpt"])
