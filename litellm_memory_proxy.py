@@ -2968,9 +2968,9 @@ class Exchange:
     ``sent`` counts requests to providers, ``host`` is of the last. ``fault`` is the exception of a connection that
     failed; ``status``, else 0, and ``headers`` are of an answer that came, and ``body`` is its body where its status is
     an error's.
-    ``alive``: some of the answer's body came; ``heard`` is the first piece of it that is more than a stream's comments
-    and pings, with what follows where it is a JSON object. ``error_data`` is an event's data that is an error object:
-    LiteLLM blurs some of them, and swallows others.
+    ``alive``: some of the answer's body came; ``heard`` is its first piece behind a stream's comments and pings, with
+    what follows where it is a JSON object. ``error_data`` is an event's data that is an error object: LiteLLM blurs
+    some of them, and swallows others.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request that has no such header, the config's say, for routes on
     which LiteLLM sends none of a client's.
@@ -3007,7 +3007,7 @@ class Exchange:
         """A piece of the answer's body came in."""
         self.alive = True
         if not self.heard:
-            self.heard = b"" if SIGNS_OF_LIFE.fullmatch(data) else data[:MAX_KEPT_BYTES]
+            self.heard = SIGNS_OF_LIFE.sub(b"", data, count=1)[:MAX_KEPT_BYTES]
         elif len(self.heard) < MAX_KEPT_BYTES and OBJECT.match(self.heard):  # no stream's event: an error, perhaps
             self.heard += data[: MAX_KEPT_BYTES - len(self.heard)]
         if b'"error"' in data and (event := ERROR_DATA.search(data)):

@@ -2821,10 +2821,10 @@ def test_an_error_object_with_a_good_status_is_an_error(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("sign", [b"", b": hi\n\n"])
-def test_an_error_object_may_come_in_pieces(sdk: Proxy, provider: Provider, sign: bytes, stream: bool) -> None:
+@pytest.mark.parametrize("before", [[b"{"], [b": hi\n\n", b"{"], [b": hi\n\n{"]], ids=["alone", "behind", "with"])
+def test_an_error_object_may_come_in_pieces(sdk: Proxy, provider: Provider, before: list[bytes], stream: bool) -> None:
     body = next(iter(ERROR_OBJECTS))
-    parts = [sign, body[:1], body[1:5], body[5:]] if sign else [body[:1], body[1:5], body[5:]]
+    parts = [*before, body[1:5], body[5:]]
     provider.script = lambda _got: Reply(parts=parts, pause=0.1)  # else they might be read as one
     response = sdk.chat(stream=stream)
     assert (response.status_code, response.json()["error"]["message"]) == (429, "slow down")
