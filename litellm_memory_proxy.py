@@ -1449,8 +1449,8 @@ class Redactor:
     """Replaces secrets in texts: known ones by value, unknown ones by shape (``sk-…``, ``Bearer …``)."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        shown = {form for secret in secrets for form in (secret, one_line(secret))}  # the log has it in one line
-        longest_first = sorted(shown, key=len, reverse=True)
+        forms = {form for secret in secrets for form in (secret, one_line(secret))}  # the log has it in one line
+        longest_first = sorted(forms, key=len, reverse=True)
         self._values = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._reach = 2 * max([MAX_KEY, *map(len, longest_first)])  # twice: what is replaced brings more into view
 
