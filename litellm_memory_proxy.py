@@ -4580,9 +4580,9 @@ def unshared(value: Any) -> Any:
 
 SERVER_SETTINGS = ("guardrails", "custom_provider_map", "post_call_rules")  # code that LiteLLM's server loads
 # What LiteLLM's server alone does; who relies on it (a guardrail keeps secrets back) is told that the SDK does not.
-SERVER_PARTS = (
-    *("guardrails", "policies", "prompts", "mcp_servers", "vector_store_registry", "search_tools"),
-    *("general_settings.custom_auth", "general_settings.pass_through_endpoints"),
+SERVER_PARTS = tuple(
+    "guardrails policies prompts mcp_servers vector_store_registry search_tools general_settings.allowed_ips "
+    "general_settings.custom_auth general_settings.enable_jwt_auth general_settings.pass_through_endpoints".split()
 )
 
 
