@@ -4219,10 +4219,7 @@ class SdkBackend:
     def _params(self, request: Request, endpoint: Endpoint, given: Mapping[str, str]) -> dict[str, Any]:
         """The parameters of path and body, checked as far as LiteLLM would stumble over them."""
         if "response_id" in given:
-            if not given["response_id"].startswith(RESPONSE_ID) or from_chat(given["response_id"]):
-                raise ProxyError(404, f"the response {given['response_id']!r} does not exist", param="response_id")
-            if request.query.get("stream") == "true":  # OpenAI's client would find no event in a whole answer
-                raise ProxyError(400, "a stored response comes whole in sdk mode, not as a stream", param="stream")
+            refuse_unstored(given["response_id"], request.query)
             return dict(given)
         params = {**endpoint.read(request), **given}
         model = params.get("model")
@@ -4243,13 +4240,7 @@ class SdkBackend:
                 raise ProxyError(400, f"{name!r} must be a JSON {JSON_TYPES[kind]}", param=name)
         if not all(isinstance(message, dict) for message in params.get("messages", ())):
             raise ProxyError(400, "each of 'messages' must be a JSON object", param="messages")
-        if endpoint.function == "aanthropic_messages" and params.get("thread"):
-            raise ProxyError(400, "LiteLLM passes no 'thread' on: send all messages", code="thread_unsupported_request")
-        if endpoint.function == "aresponses" and from_chat(params.get("previous_response_id")):
-            message = "no provider keeps the response of 'previous_response_id': send the whole conversation"
-            raise ProxyError(400, message, param="previous_response_id", code="previous_response_not_found")
-        if endpoint.function == "aresponses" and params.get("conversation"):  # LiteLLM would leave it out
-            params["extra_body"] = {"conversation": params.pop("conversation"), **params.get("extra_body", {})}
+        keep_conversation(endpoint.function, params)
         for name in (*params, *(params.get("extra_body") or ())):
             own = name in self._own_params or name.startswith(FORBIDDEN_PREFIXES)
             if own and name not in CLIENT_PARAMS:
@@ -4498,6 +4489,29 @@ def from_chat(response_id: Any) -> bool:
 
     provider = made[1].decode(errors="replace")
     return ProviderConfigManager.get_provider_responses_api_config(provider=provider) is None
+
+
+def refuse_unstored(response_id: str, query: Mapping[str, str]) -> None:
+    """Raises ProxyError 404 for a response that no provider keeps; 400 where it is wanted as a stream."""
+    if not response_id.startswith(RESPONSE_ID) or from_chat(response_id):
+        raise ProxyError(404, f"the response {response_id!r} does not exist", param="response_id")
+    if query.get("stream") == "true":  # OpenAI's client would find no event in a whole answer
+        raise ProxyError(400, "a stored response comes whole in sdk mode, not as a stream", param="stream")
+
+
+def keep_conversation(function: str, params: dict[str, Any]) -> None:
+    """See to it that no model answers without what was said before: LiteLLM leaves out the fields that stand for it.
+
+    Raises:
+        ProxyError: 400 where they cannot be passed on, with the code at which clients send the whole conversation.
+    """
+    if function == "aanthropic_messages" and params.get("thread"):
+        raise ProxyError(400, "LiteLLM passes no 'thread' on: send all messages", code="thread_unsupported_request")
+    if function == "aresponses" and from_chat(params.get("previous_response_id")):
+        message = "no provider keeps the response of 'previous_response_id': send the whole conversation"
+        raise ProxyError(400, message, param="previous_response_id", code="previous_response_not_found")
+    if function == "aresponses" and params.get("conversation"):
+        params["extra_body"] = {"conversation": params.pop("conversation"), **params.get("extra_body", {})}
 
 
 def not_for_clients(name: str) -> ProxyError:
