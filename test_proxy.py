@@ -5350,7 +5350,8 @@ def test_a_connection_that_waits_to_be_accepted_at_a_stop_is_answered() -> None:
 def test_a_connection_for_which_there_is_no_thread_is_not_counted_for_ever(provider: Provider) -> None:
     running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url, "--max-connections", "4")
     before = resource.prlimit(running.process.pid, resource.RLIMIT_AS)
-    resource.prlimit(running.process.pid, resource.RLIMIT_AS, (1, before[1]))  # no room for a thread's stack
+    room = int(ps(running.process.pid, "vsz")) * 1024 + 4 * MIB  # for all but a thread's stack, which has 8 MiB
+    resource.prlimit(running.process.pid, resource.RLIMIT_AS, (room, before[1]))
     for _ in range(6):
         assert running.raw(b"") == b""
     resource.prlimit(running.process.pid, resource.RLIMIT_AS, before)
