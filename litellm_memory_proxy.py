@@ -392,15 +392,20 @@ def forget_frames(error: BaseException) -> None:
         cause.__traceback__ = cause.__cause__ = cause.__context__ = None
 
 
+def json_value(data: bytes | str, otherwise: Any = None) -> Any:
+    """The value of a JSON text; ``otherwise`` where it is none, as for the b"" of a call without an error."""
+    try:
+        return json.loads(data) if data else otherwise
+    except (ValueError, RecursionError):
+        return otherwise
+
+
 def provider_error(body: bytes) -> dict[str, Any]:
     """The error object (``message``, ``type``, ``code``, ``param``) in a provider's answer; {} where there is none.
 
     Clients match the wording of providers' errors (Claude Code does), so it is handed on as it was.
     """
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
+    document = json_value(body)
     if isinstance(document, list) and document:  # Gemini's streams wrap it once more
         document = document[0]
     error = document.get("error", document) if isinstance(document, dict) else {}
@@ -2647,10 +2652,7 @@ def parse_json(data: bytes) -> Any:
 
 def json_object(data: bytes | str) -> dict[str, Any]:
     """The JSON object in a text; {} where there is none."""
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
+    document = json_value(data)
     return document if isinstance(document, dict) else {}
 
 
@@ -7929,7 +7931,7 @@ def facts_of(answer: Answer, *, values: bool) -> dict[str, Any]:
         for _, group, document in events:
             fold(said, leaves(document, group))
     elif answer.media == "application/json":
-        fold(said, leaves(json_or_text(answer.body), "body"))
+        fold(said, leaves(json_value(answer.body, answer.body.decode(errors="replace")), "body"))
     found.update(said if values else dict.fromkeys(said))
     found.update({f"header {name}": answer.headers[name] for name in SEEN_ANSWER_HEADERS if name in answer.headers})
     found["provider: calls"] = len(answer.received)
@@ -7939,14 +7941,6 @@ def facts_of(answer: Answer, *, values: bool) -> dict[str, Any]:
         headers = {name: value for name, value in received.headers.items() if name.startswith(SEEN_HEADERS)}
         found.update({f"provider: header {name}": value for name, value in headers.items()})
     return found
-
-
-def json_or_text(body: bytes) -> Any:
-    """The value of a JSON text; of a broken one the text."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return body.decode(errors="replace")
 
 
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
