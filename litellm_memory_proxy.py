@@ -4485,12 +4485,15 @@ def from_chat(response_id: Any) -> bool:
         made = MADE_ID.match(base64.b64decode(str(response_id).removeprefix("resp_")))
     except ValueError:
         return False
-    if not made or made[2]:
-        return made is not None and made[2] == b"chatcmpl-"
+    if made is None:
+        return False
+    provider, kind = made.groups()
+    if kind:
+        return bool(kind == b"chatcmpl-")
     from litellm.utils import ProviderConfigManager
 
-    provider = made[1].decode(errors="replace")
-    return ProviderConfigManager.get_provider_responses_api_config(provider=provider) is None
+    name = provider.decode(errors="replace")
+    return ProviderConfigManager.get_provider_responses_api_config(provider=name) is None
 
 
 def refuse_unstored(response_id: str, query: Mapping[str, str]) -> None:
