@@ -2976,7 +2976,8 @@ class Exchange:
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request that has no such header, the config's say, for routes on
     which LiteLLM sends none of a client's.
-    ``stream`` is the body that comes in. ``connected``: a new connection was made for the request.
+    ``stream`` is the body that comes in. ``connected``: a new connection was made for the request. ``stand_in`` is the
+    field of the client's body, if any, that stands for what was said before; ``lost``: LiteLLM had left it out.
     """
 
     betas: str = ""
@@ -2993,6 +2994,8 @@ class Exchange:
     headers_to_add: Mapping[str, str] = field(default_factory=dict)
     stream: Any = None
     connected: bool = False
+    stand_in: str = ""
+    lost: bool = False
 
     def begin(self, host: str) -> None:
         """A request goes out: what an earlier attempt saw is forgotten."""
@@ -3124,11 +3127,15 @@ class Session:
         """The answer to one request; ``attempt`` sends it.
 
         A challenge that brings a cookie is met once, at once, with that cookie. One that stays is replaced by a 400
-        in JSON, which LiteLLM does not retry, and marked in the exchange.
+        in JSON, which LiteLLM does not retry, and marked in the exchange. So is a request without the conversation so
+        far, which is not sent.
         """
         import httpx
 
         exchange = EXCHANGE.get(None) or Exchange()
+        if exchange.stand_in and not json_object(request.content).get(exchange.stand_in):
+            exchange.lost = True
+            return refusal(request, f"LiteLLM has left out {exchange.stand_in}")
         for name, value in exchange.headers_to_add.items():
             request.headers.setdefault(name, value)
         if exchange.betas and "anthropic-version" in request.headers:
@@ -3145,7 +3152,7 @@ class Session:
                 break
             if last or own or not isinstance(request.stream, httpx.ByteStream) or not self._set_cookie(request):
                 exchange.challenged = True
-                response = httpx.Response(400, json={"error": {"message": "Cloudflare challenge"}}, request=request)
+                response = refusal(request, "Cloudflare challenge")
                 break
         response.stream = self._watched(response, exchange)
         return response
@@ -3325,6 +3332,13 @@ def run_straight(coroutine: Coroutine[Any, Any, httpx.Response]) -> httpx.Respon
     raise AssertionError
 
 
+def refusal(request: httpx.Request, message: str) -> httpx.Response:
+    """An answer of our own in a provider's place, at which LiteLLM gives up."""
+    import httpx
+
+    return httpx.Response(400, json={"error": {"message": message}}, request=request)
+
+
 def is_challenge(response: httpx.Response) -> bool:
     """Whether a host such as Cloudflare's answered in the provider's place, to see whether this is a browser."""
     page = response.headers.get("content-type", "").lower().startswith("text/html")
@@ -3463,6 +3477,7 @@ class Endpoint:
         read: makes the parameters out of the request's body.
         write: makes content type and body out of LiteLLM's result and the model's name for the client.
         imports: a module that LiteLLM imports with the first stream of this row.
+        stand_in: the field of the body that stands for the conversation so far.
     """
 
     function: str
@@ -3471,6 +3486,7 @@ class Endpoint:
     read: Callable[[Request], dict[str, Any]] = lambda request: parse_json_object(request)
     write: Callable[[Any, str], tuple[str, bytes]] = lambda result, model: whole_answer(result, model)
     imports: str = ""
+    stand_in: str = ""
 
 
 async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -3857,10 +3873,13 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
             {"messages": list, "max_tokens": int},
             message_frames,
             imports="litellm.proxy.pass_through_endpoints.streaming_handler",
+            stand_in="thread",
         )
     },
     "/messages/count_tokens": {"POST": Endpoint("count_tokens", {"messages": list}, write=count_answer)},
-    "/responses": {"POST": Endpoint("aresponses", {"input": (str, list)}, response_frames)},
+    "/responses": {
+        "POST": Endpoint("aresponses", {"input": (str, list)}, response_frames, stand_in="previous_response_id")
+    },
     "/responses/": {  # and a response's id
         "GET": Endpoint("aget_responses", {"response_id": str}),
         "DELETE": Endpoint("adelete_responses", {"response_id": str}),
@@ -4242,7 +4261,8 @@ class SdkBackend:
                 raise ProxyError(400, f"{name!r} must be a JSON {JSON_TYPES[kind]}", param=name)
         if not all(isinstance(message, dict) for message in params.get("messages", ())):
             raise ProxyError(400, "each of 'messages' must be a JSON object", param="messages")
-        keep_conversation(endpoint.function, params)
+        if endpoint.function == "aresponses" and params.get("conversation"):  # LiteLLM would leave it out
+            params["extra_body"] = {"conversation": params.pop("conversation"), **params.get("extra_body", {})}
         for name in (*params, *(params.get("extra_body") or ())):
             own = name in self._own_params or name.startswith(FORBIDDEN_PREFIXES)
             if own and name not in CLIENT_PARAMS:
@@ -4259,7 +4279,8 @@ class SdkBackend:
         channel: Channel,
     ) -> Response | None:
         """Call LiteLLM; returns a whole answer, and puts a streamed one into the channel: its head, then its events."""
-        exchange = Exchange(betas=headers.get("anthropic-beta", ""))
+        stand_in = endpoint.stand_in if params.get(endpoint.stand_in) else ""
+        exchange = Exchange(betas=headers.get("anthropic-beta", ""), stand_in=stand_in)
         EXCHANGE.set(exchange)
         self._runtime.uncounted.set(not self._counting)
         model = params.get("model", "")
@@ -4315,6 +4336,8 @@ class SdkBackend:
 
     def _failure(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """What the client is told of an exception out of LiteLLM."""
+        if exchange.lost:
+            return lost_conversation(exchange.stand_in)
         if stated := false_answer(exchange) or event_error(exchange, None if exchange.failed else error):
             return stated
         if isinstance(error, ProxyError) and not exchange.failed:
@@ -4504,19 +4527,14 @@ def refuse_unstored(response_id: str, query: Mapping[str, str]) -> None:
         raise ProxyError(400, "a stored response comes whole in sdk mode, not as a stream", param="stream")
 
 
-def keep_conversation(function: str, params: dict[str, Any]) -> None:
-    """See to it that no model answers without what was said before: LiteLLM leaves out the fields that stand for it.
+# What stands for the conversation so far → the code of the error at which clients send all of it.
+STAND_INS = {"thread": "thread_unsupported_request", "previous_response_id": "previous_response_not_found"}
 
-    Raises:
-        ProxyError: 400 where they cannot be passed on, with the code at which clients send the whole conversation.
-    """
-    if function == "aanthropic_messages" and params.get("thread"):
-        raise ProxyError(400, "LiteLLM passes no 'thread' on: send all messages", code="thread_unsupported_request")
-    if function == "aresponses" and from_chat(params.get("previous_response_id")):
-        message = "no provider keeps the response of 'previous_response_id': send the whole conversation"
-        raise ProxyError(400, message, param="previous_response_id", code="previous_response_not_found")
-    if function == "aresponses" and params.get("conversation"):
-        params["extra_body"] = {"conversation": params.pop("conversation"), **params.get("extra_body", {})}
+
+def lost_conversation(stand_in: str) -> ProxyError:
+    """The 400 in place of an answer to a client's last words: LiteLLM leaves out what a provider does not know."""
+    message = f"{stand_in!r} does not reach this model: send the whole conversation"
+    return ProxyError(400, message, param=stand_in, code=STAND_INS[stand_in])
 
 
 def not_for_clients(name: str) -> ProxyError:

@@ -2434,7 +2434,7 @@ def test_a_null_is_as_good_as_nothing(sdk: Proxy, provider: Provider, path: str,
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_no_model_answers_without_the_conversation_so_far(sdk: Proxy, provider: Provider, stream: bool) -> None:
-    """LiteLLM leaves both fields out that stand for it; Anthropic's clients send all messages where a thread fails."""
+    """LiteLLM leaves out the fields that stand for it; Anthropic's clients send all messages where a thread fails."""
     more = {"conversation": {"id": "conv_1"}, "extra_body": {"moderation": "x"}}
     assert sdk.post(RESPONSES, body_for(RESPONSES, "gpt", stream=stream, **more)).status_code == 200
     assert provider.last.body["conversation"] == {"id": "conv_1"} and provider.last.body["moderation"] == "x"
@@ -3673,17 +3673,20 @@ def test_a_stored_response_can_be_fetched_and_deleted(sdk: Proxy, provider: Prov
     assert unknown.status_code == 404 and "'resp_unknown' does not exist" in unknown.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("name", ["claude", "gemini"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("name", "then"), [("claude", "claude"), ("gemini", "gemini"), ("gpt", "claude")])
 def test_a_response_that_nobody_keeps_is_not_followed_without_its_conversation(
-    sdk: Proxy, provider: Provider, name: str
+    sdk: Proxy, provider: Provider, name: str, then: str, stream: bool
 ) -> None:
-    """OpenAI's code for it, at which clients send the whole conversation."""
+    """OpenAI's code for it, at which clients send the whole conversation; also where they have changed the model."""
     made = sdk.post(RESPONSES, {"model": name, "input": "hello"}).json()
     provider.got.clear()
-    follow = sdk.post(RESPONSES, {"model": name, "input": "more", "previous_response_id": made["id"]})
-    assert (follow.status_code, follow.json()["error"]["code"]) == (400, "previous_response_not_found")
-    assert sdk.client.get(f"{RESPONSES}/{made['id']}").status_code == 404
+    more = {"model": then, "input": "more", "previous_response_id": made["id"], "stream": stream}
+    follow = sdk.post(RESPONSES, more)
+    assert (follow.status_code, follow.json()["error"]["code"]) == (400, "previous_response_not_found"), follow.text
     assert not provider.got
+    if name == then:
+        assert sdk.client.get(f"{RESPONSES}/{made['id']}").status_code == 404
     for odd in ("resp_\u00e9", "resp_A", "resp_1", None, 7):
         assert not proxy.from_chat(odd)
 
