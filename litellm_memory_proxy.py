@@ -1957,10 +1957,10 @@ class Metrics:
             outcomes = [self._outcome(*self._ended.popleft()) for _ in range(len(self._ended))]
             self._count_requests(outcomes)
             for outcome in outcomes:  # under the lock, so that `Log.flush` waits for them, and they keep their order
-                level = "DEBUG" if outcome.ended.backend == OWN else "INFO"
+                quiet = outcome.ended.backend == OWN and outcome.ended.status < 400
                 name = "client_gone" if outcome.ended.status == 499 else "answered"
                 if outcome.ended.method:  # what could not be read has been logged as refused
-                    self._log.event(level, "request", name, outcome=outcome)
+                    self._log.event("DEBUG" if quiet else "INFO", "request", name, outcome=outcome)
 
     def _outcome(self, ended: Ended, tally: Tally | None, lines: str) -> Outcome:
         """What is to be said of a request; the memory service has perhaps shown itself in its answer's headers."""
@@ -1971,6 +1971,8 @@ class Metrics:
             self._memory_failed = error is not None
             self._count("memory_errors_total", int(self._memory_failed))
         usage = tally.usage() if tally else Usage(cost_usd=cost)
+        if len(ended.path) > MAX_LOGGED:
+            ended = ended._replace(path=self._log.redact.cut(ended.path, MAX_LOGGED))
         return Outcome(ended, self._shown(ended.user_id), self._shown(ended.model), usage, error)
 
     def _count_requests(self, outcomes: Sequence[Outcome]) -> None:
@@ -6205,7 +6207,7 @@ class Application:
             record.ttft,
             request.id,
             request.head.method,
-            request.head.path[:MAX_LOGGED],
+            request.head.path,
         )
         self._metrics.end(ended, tally, record.lines)
 

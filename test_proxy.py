@@ -4020,6 +4020,9 @@ def test_hostile_names_spoil_neither_log_nor_metrics(
         running.client.post(
             CHAT, content=data, headers={"x-request-id": identity, "x-memory-user-id": f"sk-secret-{number}"}
         )
+    cut_through = f"/{'.' * (proxy.MAX_LOGGED - 9)}/sk-secret-path"
+    shown_path = log_line(running, running.client.get(cut_through).headers["x-request-id"])["path"]
+    assert shown_path.startswith("/...") and "sk" not in shown_path and len(shown_path) <= proxy.MAX_LOGGED
     wait_until(lambda: samples_of(running)["memory_proxy_requests_in_flight"] == 1)
     for shown in (running.client.get("/metrics").text, running.client.get("/memory-routing/stats").text):
         assert (
@@ -5090,6 +5093,7 @@ def test_only_loopback_hosts_and_origins_are_let_in(
         assert len(provider.got) == (status == 200), headers
         if status == 403:
             assert response.json()["error"]["type"] == "permission_error"
+            assert log_line(running, response.headers["x-request-id"])["status"] == 403, "not only at --log-level debug"
         assert (response.headers.get("access-control-allow-origin") == headers.get("origin", "")) is (
             status == 200 and "origin" in headers
         )
