@@ -96,7 +96,6 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 import argparse
-import base64
 import enum
 import errno
 import fnmatch
@@ -3414,7 +3413,6 @@ LITELLM_INTERNALS = (
     ("litellm", "Router.discard", "reading the config again"),
     *(("litellm", name, "reading the config again") for name in CALLBACK_LISTS),
     ("litellm.utils", "callback_list", "reading the config again"),
-    ("litellm.utils", "ProviderConfigManager.get_provider_responses_api_config", "telling who keeps responses"),
 )
 
 # What LiteLLM's SDK imports without declaring it (BerriAI/litellm#18193, #32993): without them /v1/messages, tool calls
@@ -4365,6 +4363,8 @@ class SdkBackend:
 
     def _unexpected(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """An exception that no provider caused: LiteLLM could not translate the request, or has a defect."""
+        if not (model or exchange.sent):  # a response by its id, made out of a chat, such as Claude's
+            return no_response(f"this response is kept nowhere: {plain_message(error)}")
         self._log.event("ERROR", "sdk", "unexpected", error=type(error).__name__, message=plain_message(error))
         if exchange.sent:
             return ProxyError(500, f"LiteLLM failed on the answer of {model}: {plain_message(error)}", blame=BACKEND)
@@ -4498,33 +4498,15 @@ OPTIONAL_SHAPE = {
 }
 
 
-MADE_ID = re.compile(rb"litellm:custom_llm_provider:([^;]*);model_id:[^;]*;response_id:(chatcmpl-|resp_|)")
-
-
-def from_chat(response_id: Any) -> bool:
-    """Whether LiteLLM made this response out of a chat completion, such as Claude's; its id says so in base64.
-
-    Gemini's and others' completions have ids of any kind: there it is so where the provider has no responses API.
-    """
-    try:
-        made = MADE_ID.match(base64.b64decode(str(response_id).removeprefix("resp_")))
-    except ValueError:
-        return False
-    if made is None:
-        return False
-    provider, kind = made.groups()
-    if kind:
-        return bool(kind == b"chatcmpl-")
-    from litellm.utils import ProviderConfigManager
-
-    name = provider.decode(errors="replace")
-    return ProviderConfigManager.get_provider_responses_api_config(provider=name) is None
+def no_response(message: str) -> ProxyError:
+    """The 404 of a response that no provider keeps."""
+    return ProxyError(404, message, param="response_id")
 
 
 def refuse_unstored(response_id: str, query: Mapping[str, str]) -> None:
-    """Raises ProxyError 404 for a response that no provider keeps; 400 where it is wanted as a stream."""
-    if not response_id.startswith(RESPONSE_ID) or from_chat(response_id):
-        raise ProxyError(404, f"the response {response_id!r} does not exist", param="response_id")
+    """Raises ProxyError 404 for an id that LiteLLM has not made; 400 where the response is wanted as a stream."""
+    if not response_id.startswith(RESPONSE_ID):
+        raise no_response(f"the response {response_id!r} does not exist")
     if query.get("stream") == "true":  # OpenAI's client would find no event in a whole answer
         raise ProxyError(400, "a stored response comes whole in sdk mode, not as a stream", param="stream")
 
