@@ -5355,7 +5355,8 @@ class BinaryBackend:
             response.headers, response.passed_on = self._lead_through_us(passed_on), ""
         if framing == BODILESS:
             response.bodiless = True
-            response.headers += [field for field in minded.fields if field[0].lower() == "content-length"]
+            if status != HTTPStatus.NO_CONTENT:  # which has no length either (RFC 9110 §8.6)
+                response.headers += [field for field in minded.fields if field[0].lower() == "content-length"]
             self._finish(connection, keep)
         elif 0 < framing <= len(connection.buffer):  # the body came with its head: there is nothing to wait for
             response.body = connection.some(framing)

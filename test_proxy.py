@@ -4388,6 +4388,8 @@ def test_a_websocket_flows_both_ways_after_its_101() -> None:
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 502),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nBad : x\r\n\r\n", 502),
         (b"HTTP/1.1 204 No Content\r\n\r\n", 204),
+        (b"HTTP/1.1 204 No Content\r\nContent-Length: 7\r\n\r\n", 204),
+        (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", 304),
         (b"HTTP/1.0 200 OK\r\n\r\nuntil the end", 200),
         (b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n" + OK, 200),
     ],
@@ -4401,6 +4403,8 @@ def test_whatever_the_server_answers_is_an_answer(answer: bytes, status: int) ->
         received = running.raw(b"GET /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         statuses = [int(found) for found in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
         assert statuses[-1] == status
+        if status in proxy.NO_BODY_STATUS:  # RFC 9110 §8.6
+            assert (b"Content-Length" in received) == (status == 304)
         if status == 502:
             said = json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
             assert "the LiteLLM server" in said and "the request" not in said
