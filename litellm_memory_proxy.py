@@ -4363,6 +4363,8 @@ class SdkBackend:
 
     def _unexpected(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """An exception that no provider caused: LiteLLM could not translate the request, or has a defect."""
+        if exchange.stand_in and not exchange.sent:  # it looks for the conversation in its server's database
+            return lost_conversation(exchange.stand_in)
         if not (model or exchange.sent):  # a response by its id, made out of a chat, such as Claude's
             return no_response(f"this response is kept nowhere: {plain_message(error)}")
         self._log.event("ERROR", "sdk", "unexpected", error=type(error).__name__, message=plain_message(error))
