@@ -4287,11 +4287,7 @@ class SdkBackend:
         result: Any = None
         opening = Opening(channel, exchange, NDJSON_HEADERS if dialect == OLLAMA else SSE_HEADERS)
         try:
-            if not self._has_fallbacks and (keyless := self._keyless(model)):  # else another model may answer
-                raise keyless
             result = await self._call(endpoint, params, headers, exchange)
-            if result is None:
-                raise ProxyError(502, f"LiteLLM gave no answer for {model}", blame=BACKEND)
             refuse_false_answer(exchange)
             if params.get("stream") is not True or endpoint.frames is None:
                 tally.add(result.get("usage") if isinstance(result, dict) else getattr(result, "usage", None))
@@ -4325,14 +4321,22 @@ class SdkBackend:
         """What LiteLLM answers; the client's headers go with it.
 
         Of the routes without streams, LiteLLM sends them on none, or not to all providers: there the session has to.
+        Raises ProxyError where there is no key or no answer, and whatever LiteLLM does.
         """
+        model = params.get("model", "")
+        if not self._has_fallbacks and (keyless := self._keyless(model)):  # else another model may answer
+            raise keyless
         if endpoint.imports and params.get("stream") is True:
             await import_aside(endpoint.imports)
         call = getattr(self, endpoint.function, None) or getattr(self.router, endpoint.function)
         if endpoint.frames:
-            return await call(**params, headers=headers)
-        exchange.headers_to_add = headers
-        return await call(**params)
+            params = {**params, "headers": headers}
+        else:
+            exchange.headers_to_add = headers
+        result = await call(**params)
+        if result is None:
+            raise ProxyError(502, f"LiteLLM gave no answer for {model}", blame=BACKEND)
+        return result
 
     def _failure(self, error: Exception, exchange: Exchange, model: str) -> ProxyError:
         """What the client is told of an exception out of LiteLLM."""
