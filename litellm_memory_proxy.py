@@ -2954,9 +2954,10 @@ class Bridge:
 # level lower, at the one method through which every request of an httpx transport goes out, LiteLLM's own included.
 
 CHALLENGE_STATUS = (403, 429, 503)  # with a web page, or a header that says so; a provider's own JSON 429 is none
-SIGNS_OF_LIFE = re.compile(rb'(?:(?::[^\r\n]*|event: ?ping|data: ?\{"type": ?"ping"[^\r\n]*)?\r?\n)*')
-OBJECT = re.compile(rb"\s*(?:\{|\Z)")  # as far as it has come
-ERROR_OBJECT = re.compile(rb'\s*\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[{"]')
+# With a byte order mark before them; Gemini's OpenAI API wraps an error object in a list.
+SIGNS_OF_LIFE = re.compile(rb'(?:\xef\xbb\xbf)?(?:(?::[^\r\n]*|event: ?ping|data: ?\{"type": ?"ping"[^\r\n]*)?\r?\n)*')
+OBJECT = re.compile(rb"\s*(?:[\[{]|\Z)")  # as far as it has come
+ERROR_OBJECT = re.compile(rb'[\s\[]*\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[{"]')
 ERROR_DATA = re.compile(rb"(?m)^data:(" + ERROR_OBJECT.pattern + rb".*)")
 PROOF_COOKIE = "memory-proxy-proof"
 NO_HEADERS = Headers(())

@@ -2806,6 +2806,8 @@ ERROR_OBJECTS = {
     b'\n  {\n  "error": {"message": "slow down", "type": "rate_limit_error", "code": "slow"}}': 429,
     b'{"type": "error", "error": {"type": "overloaded_error", "message": "slow down"}}': 529,
     b'{"error": "slow down"}': 500,
+    b'[{\n  "error": {"code": 429, "message": "slow down", "status": "RESOURCE_EXHAUSTED"}\n}\n]': 429,
+    b'\xef\xbb\xbf{"error": {"message": "slow down", "code": 429}}': 429,
 }
 
 
