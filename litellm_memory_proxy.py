@@ -4561,6 +4561,9 @@ def import_litellm(log: Log) -> Any:
     litellm.suppress_debug_info = True
     litellm.disable_hf_tokenizer_download = True  # it would hold the loop, and with it every client, for half a minute
     litellm.telemetry = False
+    # LiteLLM looks there for its server's Router, in vain. Where the server is installed, this would hold the loop, and
+    # with it every client, for seconds, and take 80 MB.
+    sys.modules.setdefault("litellm.proxy.proxy_server", cast(Any, None))
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "asyncio", "httpx"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [LoggingHandler(log)], False

@@ -2929,6 +2929,15 @@ def test_a_keyless_model_is_not_served_by_another_ones_wildcard(provider: Provid
     assert running.stop() == 0
 
 
+def test_a_message_for_mistral_does_not_have_litellm_load_its_server(provider: Provider) -> None:
+    """Where the server is installed, that would hold up every client for seconds."""
+    mistral = model("mistral", "mistral/mistral-small", f"{provider.url}/v1")
+    running = Proxy(config_for(provider, mistral), PYTHONPROFILEIMPORTTIME="1")
+    assert running.messages("mistral").json()["content"][0]["text"] == "hello"
+    assert running.stop() == 0
+    assert "| litellm" in running.output and "litellm.proxy.management_endpoints." not in running.output
+
+
 def test_a_cached_answer_belongs_to_its_memory(provider: Provider) -> None:
     settings = {"cache": True, "cache_params": {"type": "local"}}
     running = Proxy(config_for(provider, litellm_settings=settings))
