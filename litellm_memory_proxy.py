@@ -3156,6 +3156,8 @@ class Session:
                 exchange.challenged = True
                 response = refusal(request, "Cloudflare challenge")
                 break
+        if response.status_code >= 400:  # else OpenAI's client asks twice more where LiteLLM does not tell it otherwise
+            response.headers["x-should-retry"] = "false"
         response.stream = self._watched(response, exchange)
         return response
 

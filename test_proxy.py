@@ -2680,9 +2680,9 @@ def resident_bytes(running: Proxy) -> int:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_lone_deployment_neither_cools_down_nor_makes_its_client_wait(provider: Provider, stream: bool) -> None:
-    running = Proxy(
-        config_for(provider)
-    )  # no router_settings: LiteLLM's own would retry twice, and cool down after a 401
+    nim = model("nim", "nvidia_nim/meta/llama3-8b", f"{provider.url}/v1")
+    # No router_settings: LiteLLM's own would retry twice, and cool down after a 401.
+    running = Proxy(config_for(provider, nim))
     said = json.dumps({"error": {"message": "no", "type": "t"}}).encode()
     for status in (401, 404, 429, 500, 503):
         provider.got.clear()
@@ -2690,6 +2690,8 @@ def test_a_lone_deployment_neither_cools_down_nor_makes_its_client_wait(provider
         began = time.monotonic()
         calls = [(path, body_for(path, name, stream=stream)) for path, name in DIALECTS]
         calls += [(path, {"model": "gpt", "input": "hello"}) for path in ("/v1/embeddings", "/v1/moderations")]
+        calls += [(path, body_for(path, "nim", stream=stream)) for path in (CHAT, MESSAGES)]
+        calls += [("/v1/images/generations", {"model": "gpt", "prompt": "a cat"})]
         for path, body in calls:
             response = running.post(path, body)
             assert (response.status_code, response.headers["retry-after"]) == (status, "20")
@@ -2737,11 +2739,14 @@ def test_litellm_counts_calls_only_where_something_depends_on_it(shared_provider
     assert running.stop() == 0
 
 
-def test_retries_are_as_the_config_says(provider: Provider) -> None:
+@pytest.mark.parametrize("target", ["openai/gpt-4o-mini", "nvidia_nim/meta/llama3-8b"])
+def test_retries_are_as_the_config_says(provider: Provider, target: str) -> None:
     failing = iter([True, True, False])
-    running = Proxy(config_for(provider, router_settings={"num_retries": 2, "retry_after": 0}))
+    retried = model("retried", target, f"{provider.url}/v1")
+    running = Proxy(config_for(provider, retried, router_settings={"num_retries": 1, "retry_after": 0}))
     provider.script = lambda got: Reply(b"{}", 500) if next(failing) else usual_answer(got)
-    assert running.chat().status_code == 200 and len(provider.got) == 3
+    assert running.chat("retried").status_code == 500 and len(provider.got) == 2
+    assert running.chat("retried").status_code == 200 and len(provider.got) == 3
     assert running.stop() == 0
 
 
