@@ -4253,17 +4253,7 @@ class SdkBackend:
             raise ProxyError(400, f"a model's name has at most {MAX_MODEL_NAME} characters", param="model")
         if params.get("stream") is True and endpoint.frames is None:
             raise ProxyError(400, f"{request.path} has no streams", param="stream")
-        for name, kind in endpoint.shape.items():
-            if not isinstance(params.get(name), kind):
-                types = " or ".join(JSON_TYPES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
-                raise ProxyError(400, f"the request body must have {name!r}, a JSON {types}", param=name)
-        for name, kind in OPTIONAL_SHAPE.items():
-            if params.get(name) is None:
-                params.pop(name, None)  # a null means the same, but LiteLLM fails on that of ``metadata``
-            elif not isinstance(params[name], kind):
-                raise ProxyError(400, f"{name!r} must be a JSON {JSON_TYPES[kind]}", param=name)
-        if not all(isinstance(message, dict) for message in params.get("messages", ())):
-            raise ProxyError(400, "each of 'messages' must be a JSON object", param="messages")
+        check_shape(params, endpoint.shape)
         if endpoint.function == "aresponses" and params.get("conversation"):  # LiteLLM would leave it out
             params["extra_body"] = {"conversation": params.pop("conversation"), **params.get("extra_body", {})}
         for name in (*params, *(params.get("extra_body") or ())):
@@ -4503,8 +4493,47 @@ JSON_TYPES = {list: "array", int: "number", str: "string", dict: "object", bool:
 OPTIONAL_SHAPE = {
     "stream": bool,
     **dict.fromkeys("stream_options metadata litellm_metadata extra_body cache".split(), dict),
-    "tools": list,
+    **dict.fromkeys(("messages", "tools"), list),
 }
+CLIENT_SECONDS = ("timeout", "request_timeout", "stream_timeout")  # with a negative one LiteLLM itself seems to fail
+
+
+def check_shape(params: dict[str, Any], shape: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Check the fields that LiteLLM takes apart itself; what else may be wrong with them, the provider says.
+
+    A null is taken out: it means the same as nothing, but LiteLLM fails on that of ``metadata``.
+
+    Raises:
+        ProxyError: 400, a field has another JSON type than it must.
+    """
+    for name, kind in shape.items():
+        if not isinstance(params.get(name), kind):
+            types = " or ".join(JSON_TYPES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ProxyError(400, f"the request body must have {name!r}, a JSON {types}", param=name)
+    for name, wanted in OPTIONAL_SHAPE.items():
+        if params.get(name) is None:
+            params.pop(name, None)
+        elif not isinstance(params[name], wanted):
+            raise ProxyError(400, f"{name!r} must be a JSON {JSON_TYPES[wanted]}", param=name)
+    fits, rule = SECONDS
+    for name in CLIENT_SECONDS:
+        if params.get(name) is not None and not fits(params[name]):
+            raise ProxyError(400, f"{name!r} must be {rule}", param=name)
+    for name in ("messages", "tools"):
+        if not all_objects(params.get(name, ())):
+            raise ProxyError(400, f"each of {name!r} must be a JSON object", param=name)
+    if not all(is_content(message.get("content")) for message in params.get("messages", ())):
+        raise ProxyError(400, "a message's 'content' must be a string or an array of objects", param="messages")
+
+
+def is_content(value: Any) -> bool:
+    """Whether LiteLLM can read this content of a message."""
+    return all_objects(value) if isinstance(value, list) else not isinstance(value, (int, float))
+
+
+def all_objects(values: Iterable[Any]) -> bool:
+    """Whether these are all JSON objects."""
+    return all(isinstance(value, dict) for value in values)
 
 
 def no_response(message: str) -> ProxyError:

@@ -2409,6 +2409,12 @@ BAD_BODIES = [
     b'{"model": "gpt", "messages": [], "max_tokens": 5, "metadata": "x"}',
     b'{"model": "gpt", "messages": [], "max_tokens": 5, "deployment_id": "x"}',
     b'{"model": "gpt", "messages": [], "max_tokens": 5, "fallbacks": [{"model": "x", "api_base": "y"}]}',
+    b'{"model": "gpt", "messages": [{"role": "user", "content": 7}], "max_tokens": 5}',
+    b'{"model": "gpt", "messages": [{"role": "user", "content": [null]}], "max_tokens": 5}',
+    b'{"model": "gpt", "messages": [{"role": "user", "content": [["x"]]}], "max_tokens": 5}',
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "tools": [null]}',
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "timeout": -1}',
+    b'{"model": "gpt", "messages": [], "max_tokens": 5, "request_timeout": "1"}',
     b"[" * 100_000,
 ]
 
@@ -2421,13 +2427,13 @@ def test_bad_bodies_get_a_clear_400_without_a_call(sdk: Proxy, provider: Provide
     document = response.json()
     assert (document.get("type") == "error") == path.endswith("messages")
     assert document["error"]["type"] == "invalid_request_error" and document["error"]["message"]
-    assert not provider.got
+    assert "LiteLLM cannot translate" not in response.text and not provider.got
 
 
 @pytest.mark.parametrize("name", ["gpt", "claude"])
 @pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
 def test_a_null_is_as_good_as_nothing(sdk: Proxy, provider: Provider, path: str, name: str) -> None:
-    for field_name in proxy.OPTIONAL_SHAPE:
+    for field_name in set(proxy.OPTIONAL_SHAPE) - set(body_for(path, name)):
         answer = sdk.post(path, body_for(path, name, **{field_name: None}))
         assert answer.status_code == 200, (field_name, answer.text)
 
