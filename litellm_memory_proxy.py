@@ -4337,6 +4337,8 @@ class SdkBackend:
             return lost_conversation(exchange.stand_in)
         if stated := false_answer(exchange) or event_error(exchange, None if exchange.failed else error):
             return stated
+        if isinstance(error, ProxyError) and error.blame == PROVIDER and not exchange.sent:
+            return self._unexpected(error, exchange, model)  # LiteLLM has made the error event
         if isinstance(error, ProxyError) and not exchange.failed:
             silent = exchange.sent and not exchange.heard  # then LiteLLM has made the error event
             return ended_early() if silent else error

@@ -2949,6 +2949,14 @@ def test_a_message_for_mistral_does_not_have_litellm_load_its_server(provider: P
     assert "| litellm" in running.output and "litellm.proxy.management_endpoints." not in running.output
 
 
+def test_an_error_event_without_a_call_is_the_requests_fault(provider: Provider) -> None:
+    texts = model("texts", "text-completion-openai/gpt-3.5-turbo-instruct", f"{provider.url}/v1")
+    running = Proxy(config_for_models(texts))
+    response = running.messages("texts", stream=True, tools=[{"name": "f", "input_schema": {"type": "object"}}])
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert not provider.got and running.stop() == 0
+
+
 def test_a_cached_answer_belongs_to_its_memory(provider: Provider) -> None:
     settings = {"cache": True, "cache_params": {"type": "local"}}
     running = Proxy(config_for(provider, litellm_settings=settings))
