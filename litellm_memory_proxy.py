@@ -6664,6 +6664,7 @@ class Front(http.server.ThreadingHTTPServer):
         self.application, self._log, self.limits = application, log, limits
         self.connections = Connections(limits.connections)
         self._refused: list[tuple[socket.socket, float]] = []  # each with when it is dropped; for one thread
+        self._draining = False
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler, bind_and_activate=False)
@@ -6675,9 +6676,15 @@ class Front(http.server.ThreadingHTTPServer):
         self._thread = threading.Thread(target=self._accept, name=f"front {address[1]}", daemon=True)
 
     def _accept(self) -> None:
-        """The accepting thread; those of the connections are its children."""
+        """The accepting thread; those of the connections are its children. Out of memory, it begins again."""
         stay_home()
-        self.serve_forever(ACCEPT_SECONDS)
+        poverty = contextlib.suppress(MemoryError)  # made while there is some
+        while True:  # once at least: `shutdown` waits for it
+            with poverty:
+                self.serve_forever(ACCEPT_SECONDS)
+            if self._draining:  # after a MemoryError `serve_forever` knows of no `shutdown` that came before
+                return
+            time.sleep(ACCEPT_SECONDS)
 
     def server_bind(self) -> None:
         """Bind without http.server's look-up of the host's name, which may wait for DNS."""
@@ -6739,7 +6746,9 @@ class Front(http.server.ThreadingHTTPServer):
 
     def drain(self) -> None:
         """Accept no more connections; return when what is in flight has ended, or after `DRAIN_SECONDS`."""
+        self._draining = True
         self.shutdown()
+        self._thread.join()
         self.timeout, until = 0, time.monotonic() + ACCEPT_SECONDS
         while readable(self.socket) and time.monotonic() < until:  # those in the system's queue: a close resets them
             self.handle_request()

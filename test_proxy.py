@@ -5373,6 +5373,38 @@ def test_a_connection_that_waits_to_be_accepted_at_a_stop_is_answered() -> None:
     stop.join()
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_front_without_memory_to_accept_a_connection_accepts_it_later(
+    monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    application = proxy.Application(proxy.Metrics(quiet_log()), quiet_log(), proxy.Access())
+    primary, in_flight = SimpleNamespace(name="sdk"), proxy.InFlight()
+    application.serving = SimpleNamespace(primary=primary, in_flight=in_flight)  # type: ignore[assignment]
+    front = proxy.Front(("127.0.0.1", 0), application, quiet_log(), proxy.Limits())
+    stop = threading.Thread(target=front.drain)
+    accept, failures = socket.socket.accept, [MemoryError(), MemoryError()]
+
+    def accept_or_fail(sock: socket.socket) -> Any:
+        if sock is not front.socket or not failures:
+            return accept(sock)
+        failure = failures.pop()
+        if stops:  # while it fails, and for good
+            failures.clear()
+            stop.start()
+            wait_until(lambda: front._BaseServer__shutdown_request)  # type: ignore[attr-defined]
+        raise failure
+
+    monkeypatch.setattr(socket.socket, "accept", accept_or_fail)
+    front.start()
+    with socket.create_connection(("127.0.0.1", front.server_port), 5) as client:
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(15) == b"HTTP/1.1 200 OK"
+    if not stops:
+        stop.start()
+    stop.join(10)
+    assert not (failures or stop.is_alive() or front.running)
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux changes the limits of a running process")
 def test_a_connection_for_which_there_is_no_thread_is_not_counted_for_ever(provider: Provider) -> None:
     running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url, "--max-connections", "4")
