@@ -7067,6 +7067,9 @@ class Program:
 
     def _switch(self, new: Sides) -> None:
         """Serve by these sides, all of them ready; say so, and let go of the old ones once their requests are done."""
+        before = self._sides.server
+        if before and new.server and new.server is not before:
+            new.server.restarts += before.restarts  # the program's so far: a counter of the metrics never falls
         old = self._install(new)
         self._complete = new.config
         counts = f"{len(new.config.model_names)} models, {len(new.config.mappings.patterns)} patterns"

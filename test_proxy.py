@@ -6025,6 +6025,9 @@ def test_a_config_that_litellms_server_refuses_changes_nothing(shared_provider: 
         document["general_settings"]["custom_auth"] = "no_such_module.function"
         document["user_id_mappings"]["default_user_id"] = "spoilt"
 
+    def litellm_server() -> Any:
+        return running.client.get("/health").json()["checks"]["litellm_server"]
+
     good = running.config.read_text()
     rewrite(running, spoil)
     done = command(running, "cutover")
@@ -6035,6 +6038,12 @@ def test_a_config_that_litellms_server_refuses_changes_nothing(shared_provider: 
     wait_until(lambda: running.chat().status_code == 200, 90)
     assert memory_of(running.url) == "default-dev"
     reload(running, good)
+    assert litellm_server()["restarts"] == samples_of(running)["memory_proxy_litellm_server_restarts_total"] == 1
+    place = litellm_server()["url"]
+    rewrite(running, lambda document: document["model_list"].pop())
+    running.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: litellm_server()["url"] != place, 90)
+    assert litellm_server()["restarts"] == samples_of(running)["memory_proxy_litellm_server_restarts_total"] == 1
     running.process.terminate()
     running.process.wait(40)
     assert [path.name for path in running.config.parent.iterdir()] == ["config.yaml"], "its files have gone with it"
