@@ -6678,9 +6678,9 @@ class Front(http.server.ThreadingHTTPServer):
     def _accept(self) -> None:
         """The accepting thread; those of the connections are its children. Out of memory, it begins again."""
         stay_home()
-        poverty = contextlib.suppress(MemoryError)  # made while there is some
+        no_memory = contextlib.suppress(MemoryError)  # made while there is some
         while True:  # once at least: `shutdown` waits for it
-            with poverty:
+            with no_memory:
                 self.serve_forever(ACCEPT_SECONDS)
             if self._draining:  # after a MemoryError `serve_forever` knows of no `shutdown` that came before
                 return
