@@ -7509,7 +7509,7 @@ CLIENT_SETUPS = [
     RealClient(
         name="Claude Code",
         package="@anthropic-ai/claude-code",
-        version="2.1.197",
+        version="2.1.332",
         command=("claude", "-p", "PROMPT", "--model", "claude-sonnet-4-5", "--allowedTools", "Bash"),
         tool="Bash",
         arguments={"command": SHELL_COMMAND, "description": "Add"},
@@ -7524,7 +7524,7 @@ CLIENT_SETUPS = [
     RealClient(
         name="Codex, model_providers",
         package="@openai/codex",
-        version="0.169.0",
+        version="0.171.0",
         command=CODEX,
         tool="exec_command",
         arguments={"cmd": SHELL_COMMAND},
@@ -7535,7 +7535,7 @@ CLIENT_SETUPS = [
     RealClient(  # tries a WebSocket first
         name="Codex, openai_base_url",
         package="@openai/codex",
-        version="0.169.0",
+        version="0.171.0",
         command=CODEX,
         tool="exec_command",
         arguments={"cmd": SHELL_COMMAND},
