@@ -4388,12 +4388,12 @@ class SdkBackend:
     def _models(self, request: Request, wanted: str) -> dict[str, Any]:
         """``GET /models`` and ``GET /models/{id}``, in the shape of the client's API."""
         anthropic = bool(request.headers.get("anthropic-version"))
-        rows = [anthropic_model(name) if anthropic else openai_model(name) for name in self._model_names()]
+        row, names = anthropic_model if anthropic else openai_model, self._model_names()
         if wanted:
-            found = next((row for row in rows if row["id"] == wanted), None)
-            if found is None:
+            if wanted not in names and "*" not in self._covering_name(wanted):
                 raise ProxyError(404, f"the model {wanted!r} does not exist", code="model_not_found", param="model")
-            return found
+            return row(wanted)
+        rows = [row(name) for name in names]
         return page_of_models(rows, request.query) if anthropic else {"data": rows, "object": "list"}
 
     def _ollama_show(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -2515,6 +2515,14 @@ def test_an_alias_is_listed_and_served_as_its_model(sdk: Proxy, provider: Provid
     assert sdk.chat("bare").status_code == 401
 
 
+@pytest.mark.parametrize("headers", [{}, {"anthropic-version": "2023-06-01"}], ids=["openai", "anthropic"])
+def test_a_model_that_a_wildcard_serves_is_found(sdk: Proxy, headers: dict[str, str]) -> None:
+    """A client that asks for its model first must not be told that it does not exist."""
+    found = sdk.client.get("/v1/models/anthropic/claude-opus-4-1", headers=headers)
+    assert (found.status_code, found.json()["id"]) == (200, "anthropic/claude-opus-4-1")
+    assert sdk.client.get("/v1/models/nowhere/claude-opus-4-1", headers=headers).status_code == 404
+
+
 def test_models_are_listed(sdk: Proxy) -> None:
     document = sdk.client.get("/v1/models").json()
     names = [row["id"] for row in document["data"]]
