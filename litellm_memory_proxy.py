@@ -8166,7 +8166,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--run-both", dest="mode", action="store_const", const="both", help="the same as --mode both")
     file, config = "a LiteLLM config file (default: CONFIG_PATH, else config.yaml)", os.environ.get("CONFIG_PATH")
     add("--config", metavar="PATH", type=path_option, default=config or "config.yaml", help=file)
-    add("--host", metavar="ADDR", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    address = "the address to listen on (default: %(default)s)"
+    add("--host", metavar="ADDR", type=address_option, default="127.0.0.1", help=address)
     port = f"the port to listen on (default: PROXY_PORT, else {DEFAULT_PORT})"
     add("--port", metavar="N", type=port_number, help=port)
     add("--sdk-port", metavar="N", type=port_number, help=f"sdk's port under --mode both (default: {DEFAULT_SDK_PORT})")
@@ -8222,6 +8223,14 @@ def path_option(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return text
+
+
+def address_option(text: str) -> str:
+    """An address or a host name to listen on, without a scheme, brackets or a port."""
+    address = text.strip("[]")
+    if re.fullmatch(r"|.*[/\]].*|[^:]*:[^:]*", address):
+        raise argparse.ArgumentTypeError(f"{text!r} is no address (without http://; --port names the port)")
+    return address
 
 
 def host_option(text: str) -> str:

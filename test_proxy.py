@@ -6642,6 +6642,17 @@ def test_an_unusable_host_or_origin_is_one_clear_line(shared_provider: Provider,
     assert flag.partition("=")[2] in failed_start(config_for(shared_provider), flag).lines[-1]
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:80", "[::1]:80", "http://127.0.0.1", ""])
+def test_an_address_with_a_scheme_or_a_port_is_none_to_listen_on(capsys: pytest.CaptureFixture[str], host: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        proxy.main(["--host", host])
+    assert f"argument --host: {host!r} is no address" in capsys.readouterr().err
+
+
+def test_an_ipv6_address_to_listen_on_may_have_brackets() -> None:
+    assert proxy.build_parser().parse_args(["--host", "[::1]"]).host == "::1"
+
+
 @pytest.mark.parametrize("url", ["127.0.0.1:4000", "http://127.0.0.1:99999", "http://[::1", "http://h:abc", "ftp://h"])
 def test_an_unusable_litellm_url_is_one_clear_line_at_once(shared_provider: Provider, url: str) -> None:
     refused = failed_start(config_for(shared_provider), "--mode", "sdk", "--litellm-url", url)
