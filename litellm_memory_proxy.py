@@ -7135,9 +7135,10 @@ def listening(host: str, port: int, option: str) -> Iterator[None]:
     """Raises StartError where the address cannot be listened on."""
     try:
         yield
-    except (OSError, OverflowError) as error:
-        said = f"cannot listen on {host}:{port}: {error.args[-1]}; another {option} may be free"
-        raise StartError(said) from None
+    except OSError as error:
+        at_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        hint = f"another {option} may be free" if at_port else "--host must be an address of this machine"
+        raise StartError(f"cannot listen on {host}:{port}: {error.args[-1]}; {hint}") from None
 
 
 BREAKER_NEWS = {

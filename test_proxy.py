@@ -6653,6 +6653,14 @@ def test_an_ipv6_address_to_listen_on_may_have_brackets() -> None:
     assert proxy.build_parser().parse_args(["--host", "[::1]"]).host == "::1"
 
 
+def test_an_address_of_another_machine_is_one_clear_line_that_blames_no_port(shared_provider: Provider) -> None:
+    key = "correct.horse-battery"
+    refused = failed_start(config_for(shared_provider), "--host", "192.0.2.1", LITELLM_MASTER_KEY=key)
+    assert re.fullmatch(
+        "error: cannot listen on 192.0.2.1:[0-9]+: .*; --host must be an address of this machine", refused.lines[-1]
+    )
+
+
 @pytest.mark.parametrize("url", ["127.0.0.1:4000", "http://127.0.0.1:99999", "http://[::1", "http://h:abc", "ftp://h"])
 def test_an_unusable_litellm_url_is_one_clear_line_at_once(shared_provider: Provider, url: str) -> None:
     refused = failed_start(config_for(shared_provider), "--mode", "sdk", "--litellm-url", url)
