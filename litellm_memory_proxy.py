@@ -7099,7 +7099,7 @@ class Program:
             f"models: {', '.join(config.model_names)}",
             *(f"no key: {name} answers 401 until you set {keys}" for name, keys in missing.items()),
             f"memory ({mappings.inject_header}):",
-            *([f"  {mappings.custom_header}: ID{'':<17} -> ID"] if mappings.custom_header else []),
+            *([f"  {mappings.custom_header + ': ID':<42} -> ID"] if mappings.custom_header else []),
             *(f"  {p.header + ': ' + p.pattern:<42} -> {p.user_id}" for p in mappings.patterns),
             f"  {'anyone else':<42} -> {mappings.default_user_id}",
             "clients:",

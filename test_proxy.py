@@ -6701,6 +6701,7 @@ def test_the_start_tells_what_to_do_next(sdk: Proxy) -> None:
         "OPENAI_BASE_URL=",
         "PyCharm",
         sdk.url,
+        *(f"  {who:<42} -> {what}" for who, what in (("x-memory-user-id: ID", "ID"), ("anyone else", "default-dev"))),
     ):
         wait_until(lambda text=text: text in sdk.output)
 
