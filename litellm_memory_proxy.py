@@ -645,7 +645,7 @@ def read_config(path: str, environment: Mapping[str, str] | None = None) -> Read
     try:
         return parse_config(path, os.environ if environment is None else environment)
     except RecursionError:
-        message = "an alias or an include refers to itself, or the nesting is too deep"
+        message = "an alias refers to itself, or the nesting is too deep"
         raise ConfigError([Problem("YAML", message, file=path)]) from None
 
 
@@ -778,22 +778,29 @@ class Constructor(yaml.constructor.SafeConstructor):
         return value
 
 
-def read_nodes(path: str, problems: list[Problem], text: str | None = None) -> yaml.MappingNode:
+def read_nodes(
+    path: str, problems: list[Problem], text: str | None = None, above: tuple[str, ...] = ()
+) -> yaml.MappingNode:
     """A YAML mapping, with LiteLLM's ``include`` files merged in: lists are appended, other keys are set.
 
     What is wrong with an included file is added to the problems.
 
     Args:
         text: what the file is to say, where it is not yet written.
+        above: the files that include this one.
 
     Raises:
         ConfigError: the file itself cannot be read.
     """
     root, included = read_file(path, problems, text)
     pairs = {str(key.value): (key, value) for key, value in root.value}
+    above = (*above, os.path.normpath(path))
     for file, line in included:
+        if os.path.normpath(file) in above:
+            problems.append(Problem("include", f"{file} includes itself", file=path, line=line))
+            continue
         try:
-            more = read_nodes(file, problems)
+            more = read_nodes(file, problems, above=above)
         except ConfigError as error:
             by = f"(included by {path}:{line})"
             problems.extend(replace(said, message=f"{said.message} {by}") for said in error.problems)

@@ -1041,6 +1041,18 @@ include:
     assert gone == f"{tmp_path}/gone.yaml: No such file or directory (included by {by})"
 
 
+def test_a_file_that_includes_itself_is_named_with_its_line_and_read_once(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "more.yaml").write_text("x: 1\ninclude: [../config.yaml]\n")
+    config = write_config(tmp_path, "include: [folder/more.yaml]\nmodel_list: []\n")
+    files = [
+        problem.file for problem in proxy.read_config(config).problems if problem.message.endswith("includes itself")
+    ]
+    assert files == [f"{tmp_path}/folder/more.yaml"]
+    with pytest.raises(proxy.ConfigError, match=r"folder/more\.yaml:2: include: .*config\.yaml includes itself"):
+        proxy.load_config(config)
+
+
 def test_keys_of_its_own_that_the_program_misses_or_does_not_know_are_warnings(tmp_path: Path) -> None:
     text = """\
 user_id_mapping: {default_user_id: me}
@@ -5961,7 +5973,6 @@ def test_the_switch_follows_a_link_to_a_config_with_includes(tmp_path: Path) -> 
         "general_settings: 5\n",
         "general_settings:\n  experimental: [1]\n",
         "include: [other.yaml]\n",
-        "include: [config.yaml]\n",
     ],
 )
 def test_a_config_that_cannot_be_changed_safely_is_left_alone(tmp_path: Path, text: str) -> None:
