@@ -479,6 +479,14 @@ AUTH_SCHEME = re.compile(r"(?i)(bearer|basic) +")
 MIN_SECRET_LENGTH = 6  # shorter values ("x", "none") would be redacted out of ordinary words
 MAX_VALUES = 1_000_000  # of a config with its YAML aliases written out; ten lines of aliases can be 10 ** 10 values
 MAX_SHOWN = 60  # characters of a wrong value in a message
+IN_QUOTES = "a text with special characters is written in quotes"
+YAML_HINTS = {  # words of PyYAML's → what to do
+    r"'\t'": "indent with spaces, not with tabs",
+    "escape character": r"in double quotes \ is written \\, in single quotes as it is",
+    "mapping values": f"is the line indented like its neighbours? {IN_QUOTES}",
+    "<block end>": f"is the line indented like its neighbours? {IN_QUOTES}",
+    **dict.fromkeys((" alias", " for the tag", "block scalar", "start any token"), IN_QUOTES),
+}
 
 
 @dataclass(frozen=True)
@@ -866,9 +874,11 @@ def syntax_problem(path: str, error: yaml.YAMLError) -> Problem:
     """A YAML error without the piece of the file that PyYAML quotes: there may be a key in it."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return Problem("YAML", " ".join(str(error).split()), file=path)
-    mark = error.problem_mark or error.context_mark
-    said = ", ".join(filter(None, (error.context, error.problem)))
+    mark, began = error.problem_mark or error.context_mark, error.context_mark
+    since = f" from line {began.line + 1}" if mark and began and began.line < mark.line else ""
+    said = ", ".join(filter(None, (error.context and error.context + since, error.problem)))
     message = re.sub(r"(alias|anchor|tag) ['\"].*['\"]", r"\1", " ".join(said.split()))  # `password: *secret` is one
+    message += next((f" ({hint})" for words, hint in YAML_HINTS.items() if words in message), "")
     return Problem("YAML", message).at(mark) if mark else Problem("YAML", message, file=path)
 
 

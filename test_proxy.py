@@ -1239,6 +1239,27 @@ def test_a_file_that_is_no_yaml_is_one_error_with_its_line_and_without_its_text(
     assert "hunter22" not in str(problem)
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("a:\n\t- b", "with spaces"),
+        ('a: "^b\\d"', "single quotes as it is"),
+        ("a: *", "in quotes"),
+        ("a: *-b", "in quotes"),
+        ("a: %b", "in quotes"),
+        ("a: !b", "in quotes"),
+        ("a: b: c", "in quotes"),
+        ("a: [b] c", "in quotes"),
+        ("a:\n  b: 1\n c: 2", "indented like its neighbours"),
+        ('a: 1\nb: "c\n', "from line 2"),
+    ],
+)
+def test_what_yaml_stumbles_over_comes_with_what_to_do(tmp_path: Path, text: str, hint: str) -> None:
+    with pytest.raises(proxy.ConfigError) as caught:
+        proxy.load_config(write_config(tmp_path, text))
+    assert hint in str(caught.value)
+
+
 def test_a_file_that_is_not_utf8_or_no_file_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"a: 1\nb: \xff\n")
     for path, said in ((tmp_path / "config.yaml", "config.yaml:2: YAML: is not UTF-8"), (tmp_path, "Is a directory")):
