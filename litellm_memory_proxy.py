@@ -448,7 +448,10 @@ SETTINGS: Mapping[str, Rule] = {
     "router_settings.timeout": SECONDS,
     "router_settings.stream_timeout": SECONDS,
     "router_settings.num_retries": RETRIES,
-    "general_settings.master_key": (lambda key: isinstance(key, str) and key != "", "a string"),
+    "general_settings.master_key": (
+        lambda key: isinstance(key, str) and key != "",
+        "a string (a number only in quotes)",
+    ),
     "general_settings.experimental": MAPPING,
     "general_settings.experimental.use_sdk_proxy": (lambda value: type(value) is bool, "true or false"),
     "general_settings.experimental.circuit_breaker": MAPPING,
@@ -1043,7 +1046,7 @@ def model_problems(entry: Any, where: str) -> list[Problem]:
     params = entry.get("litellm_params")
     called = params.get("model") if isinstance(params, dict) else "-"
     checks: tuple[tuple[str, Any, type, str], ...] = (
-        ("model_name", entry.get("model_name"), str, "must be a non-empty string"),
+        ("model_name", entry.get("model_name"), str, no_text(entry.get("model_name"))),
         ("litellm_params", params, dict, "must be a mapping"),
         ("litellm_params.model", called, str, 'must name the model, such as "anthropic/claude-sonnet-4-5"'),
     )
@@ -1133,7 +1136,7 @@ def check_pattern(entry: Any, where: str, problems: list[Problem]) -> HeaderPatt
     if entry.get("mode") not in (None, "sdk", "binary"):
         wrong.append(Problem(f"{where}.mode", f"must be sdk or binary, not {shown(entry['mode'])}"))
     texts = {key: entry[key] for key in PATTERN_KEYS if isinstance(entry.get(key), str) and entry[key]}
-    wrong.extend(Problem(f"{where}.{key}", "must be a non-empty string") for key in PATTERN_KEYS if key not in texts)
+    wrong.extend(Problem(f"{where}.{key}", no_text(entry.get(key))) for key in PATTERN_KEYS if key not in texts)
     if not FIELD_NAME.fullmatch(texts.get("header", "-")):
         wrong.append(Problem(f"{where}.header", f"must be a header name, not {shown(texts['header'])}"))
     regex, user_id = None, texts.get("user_id", "-")
@@ -1167,6 +1170,12 @@ def shown(value: Any) -> str:
     text = repr(value) if value is None or isinstance(value, str | int | float) else ""
     kinds: Mapping[type, str] = {dict: "a mapping", list: "a list", str: "a text of this length"}
     return text if 0 < len(text) <= MAX_SHOWN else kinds.get(type(value), type(value).__name__)
+
+
+def no_text(value: Any) -> str:
+    """What is wrong with a value that should be a text, in words; YAML takes 5, yes and 2026-11-20 for other things."""
+    quotes = "" if isinstance(value, str | dict | list | None) else ": in quotes it is one"
+    return f"must be a non-empty string, not {shown(value)}{quotes}"
 
 
 def unknown_keys(section: Any, known: Sequence[str], where: str, *, warning: bool = False) -> list[Problem]:

@@ -1260,6 +1260,26 @@ def test_what_yaml_stumbles_over_comes_with_what_to_do(tmp_path: Path, text: str
     assert hint in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("5", "not 5: in quotes it is one"),
+        ("yes", "not True: in quotes it is one"),
+        ("2026-11-20", "not date: in quotes it is one"),
+        ("", "not None"),
+        ("{}", "not a mapping"),
+    ],
+)
+def test_what_should_be_a_text_and_is_none_is_shown(tmp_path: Path, value: str, said: str) -> None:
+    text = f"""
+model_list: [{{model_name: {value}, litellm_params: {{model: openai/a}}}}]
+user_id_mappings: {{header_patterns: [{{header: a, pattern: {value}, user_id: a}}]}}
+"""
+    with pytest.raises(proxy.ConfigError) as caught:
+        proxy.load_config(write_config(tmp_path, text))
+    assert [problem.message for problem in caught.value.problems] == [f"must be a non-empty string, {said}"] * 2
+
+
 def test_a_file_that_is_not_utf8_or_no_file_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"a: 1\nb: \xff\n")
     for path, said in ((tmp_path / "config.yaml", "config.yaml:2: YAML: is not UTF-8"), (tmp_path, "Is a directory")):
