@@ -481,6 +481,7 @@ SECRET_KEY = re.compile(
 AUTH_SCHEME = re.compile(r"(?i)(bearer|basic) +")
 MIN_SECRET_LENGTH = 6  # shorter values ("x", "none") would be redacted out of ordinary words
 MAX_VALUES = 1_000_000  # of a config with its YAML aliases written out; ten lines of aliases can be 10 ** 10 values
+NEARLY_A_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|(?i:(?!os\.environ/)os\.env\w*[./\[(].*)")
 MAX_SHOWN = 60  # characters of a wrong value in a message
 IN_QUOTES = "a text with special characters is written in quotes"
 YAML_HINTS = {  # words of PyYAML's → what to do
@@ -669,6 +670,7 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
     environment.update(environment_variables(document.get("environment_variables"), environment, problems))
     missing: list[tuple[str, str]] = []
     resolved = resolve(document, "", environment, missing)
+    problems.extend(variable_warnings(document, environment))
     missing.extend(missing_of_credentials(resolved, missing, problems))
     models, missing_keys = check_models(resolved, missing, problems)
     mappings = check_mappings(resolved.get("user_id_mappings"), problems)
@@ -709,6 +711,29 @@ def unset_variables(missing: list[tuple[str, str]]) -> tuple[list[Problem], list
         problem = Problem(where, f"{name} is not set in the environment", warning=harmless)
         apart[where.startswith("model_list[")].append(problem)
     return apart
+
+
+def variable_warnings(document: Any, environment: Mapping[str, str]) -> Iterator[Problem]:
+    """A warning for each text that is nearly ``os.environ/NAME``, and for a variable with a stray line end or space."""
+    for where, text in texts_in(document, ""):
+        name = text.removeprefix("os.environ/")
+        value = environment.get(name, "") if name != text else ""
+        if NEARLY_A_VARIABLE.fullmatch(text):
+            yield Problem(where, "is taken as it stands: a variable is written os.environ/NAME", warning=True)
+        elif value != value.strip():
+            yield Problem(where, f"{name} begins or ends with white space", warning=True)
+
+
+def texts_in(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Key path and text of each string, at any depth."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from texts_in(item, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from texts_in(item, f"{where}[{index}]")
+    elif isinstance(value, str):
+        yield where, value
 
 
 def environment_variables(section: Any, environment: Mapping[str, str], problems: list[Problem]) -> dict[str, str]:

@@ -1280,6 +1280,31 @@ user_id_mappings: {{header_patterns: [{{header: a, pattern: {value}, user_id: a}
     assert [problem.message for problem in caught.value.problems] == [f"must be a non-empty string, {said}"] * 2
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("$THE_KEY", "a variable is written os.environ/NAME"),
+        ("${THE_KEY}", "a variable is written os.environ/NAME"),
+        ("os.environ.THE_KEY", "a variable is written os.environ/NAME"),
+        ("os.environ['THE_KEY']", "a variable is written os.environ/NAME"),
+        ("os.env/THE_KEY", "a variable is written os.environ/NAME"),
+        ("os.environ/STRAY_KEY", "STRAY_KEY begins or ends with white space"),
+        ("os.environ/THE_KEY", ""),
+        ("sk-$THE_KEY", ""),
+        ("os.example/key", ""),
+    ],
+)
+def test_what_only_looks_like_a_variable_and_what_has_a_stray_line_end_is_a_warning(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    config = write_config(tmp_path, {"model_list": [model("a", "openai/a", "http://h", text)]})
+    problems = proxy.read_config(config, {"THE_KEY": "sk-the-key", "STRAY_KEY": "sk-the-key\n"}).problems
+    found = [problem for problem in problems if problem.where == "model_list[0].litellm_params.api_key"]
+    assert [(p.message.removeprefix("is taken as it stands: "), p.warning) for p in found] == [(said, True)] * bool(
+        said
+    )
+
+
 def test_a_file_that_is_not_utf8_or_no_file_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"a: 1\nb: \xff\n")
     for path, said in ((tmp_path / "config.yaml", "config.yaml:2: YAML: is not UTF-8"), (tmp_path, "Is a directory")):
