@@ -358,9 +358,14 @@ class StartError(Exception):
     """The program cannot start; the message is the one line that says why."""
 
 
-def dialect_of(path: str) -> str:
-    """The dialect in which errors on this path are answered: Anthropic's under ``/messages``, else mostly OpenAI's."""
-    if re.match(r"(/v1)?/messages(/|$)", path):
+def dialect_of(path: str, *, anthropic: bool = False) -> str:
+    """The dialect in which errors on this path are answered: Anthropic's under ``/messages``, else mostly OpenAI's.
+
+    Args:
+        anthropic: the client speaks Anthropic's, also where both have the path.
+    """
+    found = re.match(r"(?:/v1)?/(messages|models|files|skills)(?:/|$)", path)
+    if found and (anthropic or found[1] == "messages"):
         return ANTHROPIC
     return OLLAMA if path.startswith("/api/") else OPENAI
 
@@ -2437,6 +2442,11 @@ class Request:
         return self.head.headers
 
     @property
+    def dialect(self) -> str:
+        """The one in which the client gets an error, see `dialect_of`."""
+        return dialect_of(self.path, anthropic="anthropic-version" in self.headers.named)
+
+    @property
     def query(self) -> dict[str, str]:
         """The parameters of the target's query; of a name that stands twice, the last."""
         return dict(parse_qsl(self.head.target.partition("?")[2], keep_blank_values=True))
@@ -4227,7 +4237,8 @@ class SdkBackend:
             return fixed
         rows, given = find_rows(path)
         if not rows:
-            raise ProxyError(404, f"{request.path} is not served in sdk mode; binary mode serves all of LiteLLM's API")
+            elsewhere = "" if request.dialect == OLLAMA else "; binary mode serves all of LiteLLM's API"
+            raise ProxyError(404, f"{request.path} is not served in sdk mode{elsewhere}")
         require_method(request, *rows)
         endpoint = rows[request.method]
         params = self._params(request, endpoint, given)
@@ -4236,7 +4247,7 @@ class SdkBackend:
         if self._litellm.cache is not None:  # a cached answer has been written with a memory: it is that memory's own
             params["cache"] = {**(params.get("cache") or {}), "namespace": route.user_id}
         headers = upstream_headers(request, route, self._config.mappings)
-        produce = partial(self._produce, endpoint, params, headers, dialect_of(request.path), tally)
+        produce = partial(self._produce, endpoint, params, headers, request.dialect, tally)
         call = self._bridge.call(produce, request.peer)
         try:
             response: Response = call.first()
@@ -6266,7 +6277,7 @@ class Application:
     def _error(self, error: ProxyError, request: Request | None) -> Response:
         """The error in the dialect of the path, without secrets."""
         error.redact(self._log.redact)
-        dialect = dialect_of(request.path) if request else OPENAI
+        dialect = request.dialect if request else OPENAI
         return json_response(error.status, error.body(dialect), error.headers)
 
     def end(self, record: Record, status: int | None = None) -> None:
