@@ -3589,8 +3589,7 @@ async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
     """LiteLLM's chunks of a chat, their usage taken in.
 
     Raises:
-        ProxyError: an error event came that LiteLLM has swallowed; 502, something else came in place of a stream:
-            LiteLLM makes an empty one of it.
+        ProxyError: an error event came that LiteLLM has swallowed; 502, see `refuse_no_stream`.
     """
     silent = True
     async for part in stream:
@@ -3600,7 +3599,13 @@ async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
     exchange = EXCHANGE.get()
     if error := event_error(exchange):
         raise error
-    if silent and exchange.alive and not re.search("stream|ndjson", exchange.headers.get("content-type")):
+    if silent:
+        refuse_no_stream(exchange)
+
+
+def refuse_no_stream(exchange: Exchange) -> None:
+    """Raises ProxyError 502 where something else came in place of a stream: LiteLLM makes an empty one of it."""
+    if exchange.alive and not re.search("stream|ndjson", exchange.headers.get("content-type")):
         said = f"{exchange.host} answered with no stream, but with {sent_text(exchange.heard)}"
         raise ProxyError(502, said, blame=PROVIDER)
 
@@ -3629,7 +3634,7 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
     The first of them names the model as the client does, and all others stay as they are.
 
     Raises:
-        ProxyError: for an error event, and 502 where the stream ended before its ``message_stop``.
+        ProxyError: for an error event, and 502 where the stream ended before its ``message_stop``, or was none.
     """
     if isinstance(stream, dict):  # mock_response knows no streams in this dialect
         tally.add(stream.get("usage"))
@@ -3637,7 +3642,7 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
         for event in message_events({**document, "model": model}):
             yield sse_event(json.dumps(event), event["type"])
         return
-    rest, ended = bytearray(), False
+    rest, silent, ended = bytearray(), True, False
     async for part in stream:
         piece = part if isinstance(part, bytes) else str(part).encode()
         rest += piece
@@ -3647,12 +3652,17 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
         events = b"\n" + before
         error = ERROR_EVENT.search(events)
         good = events[: error.start()] if error else events
+        silent = silent and b'"content_block_delta"' not in good
+        ended = ended or MESSAGE_STOP.search(good) is not None
+        if silent and ended:
+            refuse_no_stream(EXCHANGE.get())
         count_usage(good, tally)
         if good.strip():
             yield with_model(good[1:].rstrip(b"\n"), model) + b"\n\n"
         if error:
             raise stated_error(provider_error(error[1]))
-        ended = ended or MESSAGE_STOP.search(good) is not None
+    if silent:
+        refuse_no_stream(EXCHANGE.get())
     last = b"\n" + rest.replace(b"\r\n", b"\n")
     if not ended and MESSAGE_STOP.search(last):  # a host that ends with the last line and not with a blank one
         yield last[1:].rstrip(b"\n") + b"\n\n"
@@ -3717,18 +3727,26 @@ def event_error(exchange: Exchange, error: BaseException | None = None) -> Proxy
 
 
 async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
-    """LiteLLM's events of a response as OpenAI's; those that carry the response name the model as the client does."""
+    """LiteLLM's events of a response as OpenAI's; those that carry the response name the model as the client does.
+
+    Raises:
+        ProxyError: 502, see `refuse_no_stream`.
+    """
     if not hasattr(stream, "__aiter__"):  # mock_response knows no streams in this API
         tally.add(stream.usage)
         for event in response_events(stream.model_copy(update={"model": model}).model_dump(mode="json")):
             yield sse_event(json.dumps(event), event["type"])
         return
+    silent = True
     async for part in stream:
         response: Any = getattr(part, "response", None)
         tally.add(getattr(response, "usage", None))
         if getattr(response, "model", None):
             part = part.model_copy(update={"response": response.model_copy(update={"model": model})})
         kind = str(getattr(part.type, "value", part.type))
+        silent = silent and not kind.endswith(".delta")
+        if silent and kind == "response.completed":
+            refuse_no_stream(EXCHANGE.get())
         yield sse_event(part.model_dump_json(exclude_none=True, exclude_unset=True), kind)
 
 

@@ -2938,10 +2938,12 @@ def test_an_error_object_may_come_in_pieces(sdk: Proxy, provider: Provider, befo
 @pytest.mark.parametrize("body", [b'{"base_resp": {"status_msg": "no such key"}}', b"no such key"])
 def test_what_is_no_stream_is_no_empty_answer(sdk: Proxy, provider: Provider, body: bytes) -> None:
     provider.script = lambda _got: Reply(body, 200)
-    bodies = {CHAT: chat_body(), "/v1/completions": {"model": "gpt", "prompt": "hello"}, "/api/chat": chat_body()}
-    for path, asked in bodies.items():
+    rows = [(CHAT, "gpt"), *((path, name) for path in (MESSAGES, RESPONSES) for name in ("claude", "gemini"))]
+    calls = [(path, body_for(path, name)) for path, name in rows]
+    calls += [("/v1/completions", {"model": "gpt", "prompt": "hello"}), ("/api/chat", chat_body())]
+    for path, asked in calls:
         last = sdk.post(path, {**asked, "stream": True}).text.rstrip().rpartition("\n")[2].removeprefix("data: ")
-        assert "no such key" in str(json.loads(last)["error"])
+        assert "no such key" in str(json.loads(last)["error"]), (asked, last)
     provider.script = lambda _got: Reply(parts=[openai_chunk({}, "stop"), b"data: [DONE]\n\n"], headers=SSE)
     assert sdk.chat(stream=True).text.endswith("data: [DONE]\n\n")  # a model may say nothing
 
