@@ -3459,7 +3459,11 @@ def loopback_server(handler: type[LoopbackHandler], seen: Any) -> Iterator[str]:
 
 # ── sdk backend ──────────────────────────────────────────────────────────────────────────────────────────────────
 # The model API by LiteLLM's SDK: a table from path to LiteLLM function, the parameters that go in, the frames that
-# come out. The only importer of litellm, and only when sdk mode is used.
+# come out. The only importer of litellm, and only when sdk mode is used. Its parts, each under a line of its own:
+# LiteLLM in this process · what goes in · errors · what comes out · whole answers as events · Ollama's API · lists of
+# models · the table · one request.
+
+# LiteLLM in this process: what of it is relied on, how it is loaded, and the settings of a config.
 
 # Where LiteLLM keeps the callbacks of a config, those that it derives from them, and its Router's own.
 CALLBACK_LISTS = (
@@ -3482,12 +3486,437 @@ LITELLM_INTERNALS = (
 # What LiteLLM's SDK imports without declaring it (BerriAI/litellm#18193, #32993): without them /v1/messages, tool calls
 # and /v1/responses fail with a ModuleNotFoundError. `litellm[proxy]` brings them all, and 300 MB more.
 LITELLM_UNDECLARED = ("backoff", "fastapi", "mcp", "orjson", "redis", "soundfile")
-
 LITELLM_ENVIRONMENT = {  # set before the import, unless the user has set them
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else three attempts to fetch a price list hold up the start
     "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",  # else the first Anthropic call waits for a fetch from GitHub
     "DEFAULT_MAX_RETRIES": "0",  # else OpenAI's client repeats embeddings and moderations too, under LiteLLM's Router
 }
+
+
+def import_litellm(log: Log) -> Any:
+    """LiteLLM, checked for what this program needs of it and with its own output turned off.
+
+    Raises:
+        StartError: LiteLLM is not installed, or its version lacks something of `LITELLM_INTERNALS`.
+    """
+    for name, value in LITELLM_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("LITELLM_RUST", None)  # a client of its own, past every Python session: the cookies would be lost
+    try:
+        import litellm
+    except ImportError as error:
+        raise StartError(f"sdk mode needs LiteLLM ({error}): pip install litellm") from None
+    for module, attribute, purpose in LITELLM_INTERNALS:
+        try:
+            attrgetter(attribute)(import_module(module))
+        except (ImportError, AttributeError):
+            raise litellm_lacks(f"{module}.{attribute}", purpose) from None
+    absent = [name for name in LITELLM_UNDECLARED if find_spec(name) is None]
+    if absent:
+        hint = f"LiteLLM needs more for /v1/messages, /v1/responses and tools: pip install {' '.join(absent)}"
+        log.event("WARNING", "sdk", "undeclared", message=hint)
+    warnings.filterwarnings("ignore", module="pydantic")  # LiteLLM's models do not always fit what it puts in them
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of use to whoever works on this, not to users
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # of a call that was cancelled as it began
+    litellm.suppress_debug_info = True
+    litellm.disable_hf_tokenizer_download = True  # it would hold the loop, and with it every client, for half a minute
+    litellm.telemetry = False
+    # LiteLLM looks there for its server's Router, in vain. Where the server is installed, this would hold the loop, and
+    # with it every client, for seconds, and take 80 MB.
+    sys.modules.setdefault("litellm.proxy.proxy_server", cast(Any, None))
+    for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "asyncio", "httpx"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [LoggingHandler(log)], False
+        logger.setLevel(log.level if log.level <= logging.DEBUG else logging.CRITICAL)
+    return litellm
+
+
+def litellm_lacks(what: str, purpose: str) -> StartError:
+    """The error of a LiteLLM without something that this program needs."""
+    return StartError(f"LiteLLM {version_of('litellm')} has no {what}, needed for {purpose}")
+
+
+def version_of(distribution: str) -> str:
+    """The installed version of a distribution."""
+    from importlib.metadata import version
+
+    return version(distribution)
+
+
+def uncounted_calls() -> ContextVar[bool]:
+    """LiteLLM's mark of calls that it neither logs nor counts, such as its own; in a version without it, no mark."""
+    with contextlib.suppress(ImportError, AttributeError):
+        mark: ContextVar[bool] = import_module("litellm._internal_context").is_internal_call
+        return mark
+    return ContextVar("uncounted")
+
+
+async def count_nothing(**_: Any) -> None:
+    """Stands for the Router's count of requests and tokens, where no limit needs it."""
+
+
+async def import_aside(module: str) -> None:
+    """Import a module of LiteLLM's in a thread, once: the loop, and with it every other client, would wait for it."""
+    import asyncio
+
+    if module not in sys.modules:
+        with contextlib.suppress(ImportError):  # another version of LiteLLM: it says so where it needs the module
+            await asyncio.to_thread(import_module, module)
+
+
+def unshared(value: Any) -> Any:
+    """The value, of a list a copy: LiteLLM changes its lists in place."""
+    return list(value) if isinstance(value, list) else value
+
+
+SERVER_SETTINGS = ("guardrails", "custom_provider_map", "post_call_rules")  # code that LiteLLM's server loads
+
+# What LiteLLM's server alone does; who relies on it (a guardrail keeps secrets back) is told that the SDK does not.
+SERVER_PARTS = tuple(
+    "guardrails policies prompts mcp_servers vector_store_registry search_tools general_settings.allowed_ips "
+    "general_settings.custom_auth general_settings.enable_jwt_auth general_settings.pass_through_endpoints".split()
+)
+
+
+def litellm_attributes(litellm: Any, config: Config, log: Log) -> dict[str, Any]:
+    """``litellm_settings`` as LiteLLM's server understands them: each is an attribute of the module."""
+    settings = config.section("litellm_settings")
+    found: dict[str, Any] = {}
+    for where in SERVER_PARTS:
+        if value_at(config.document, where):
+            log.event("WARNING", "config", "server_part", message=f"{where} works in binary mode only")
+    for key, value in settings.items():
+        if key == "cache":
+            found["cache"] = litellm.Cache(**settings.get("cache_params") or {}) if value else None
+        elif key in SERVER_SETTINGS or (key.endswith(("callback", "callbacks")) and "." in str(value)):
+            log.event("WARNING", "config", "litellm_settings", message=f"{key} works in binary mode only")
+        elif key != "cache_params":
+            found[str(key)] = [value] if key.endswith("callbacks") and isinstance(value, str) else value
+    if "request_timeout" in settings:
+        found["request_timeout_explicitly_set"] = True
+    credentials = config.document.get("credential_list")
+    if credentials:
+        found["credential_list"] = [litellm.types.utils.CredentialItem(**item) for item in credentials]
+    return found
+
+
+# Providers that log in with a device flow: asking LiteLLM whether their key is there would start it.
+DEVICE_FLOW_PROVIDERS = ("github_copilot/", "chatgpt/")
+CREDENTIAL_PARAMS = (
+    *("api_key", "mock_response", "litellm_credential_name"),
+    *("azure_ad_token", "azure_username", "client_secret", "tenant_id"),
+)
+CREDENTIAL_FIELDS = ("authorization", "api-key", "x-api-key")  # in a deployment's ``extra_headers``
+
+
+def missing_provider_keys(litellm: Any, params: Mapping[str, Any]) -> str:
+    """The API key that a deployment needs from the environment and does not find there, in words.
+
+    LiteLLM knows the names. Cloud identities (AWS, Google) have more sources than variables and are left to it.
+    """
+    model = str(params["model"])
+    if (
+        any(params.get(name) for name in CREDENTIAL_PARAMS)
+        or any(str(name).lower() in CREDENTIAL_FIELDS for name in params.get("extra_headers") or ())
+        or model.startswith(DEVICE_FLOW_PROVIDERS)
+    ):
+        return ""
+    provider = params.get("custom_llm_provider")
+    found = litellm.validate_environment(model=f"{provider}/{model}" if provider else model)
+    return " or ".join(name for name in found["missing_keys"] if name.endswith("_API_KEY"))
+
+
+# The proof of cookies at the start: for each HTTP stack (the OpenAI SDK's client, LiteLLM's own) a function of LiteLLM
+# that uses it. Claude by `acompletion` would load the tokenizer's tables, 40 MB that many never need.
+PROOFS = {"openai": "acompletion", "anthropic": "anthropic_messages"}
+PROOF_SECONDS = 5.0
+
+
+class SdkRuntime:
+    """LiteLLM in this process, for as long as the program runs: the module, its loop, its session, its settings."""
+
+    def __init__(self, log: Log, session: Session) -> None:
+        self.log, self.session = log, session
+        self.litellm = import_litellm(log)
+        self.uncounted = uncounted_calls()
+        self.bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
+        # Of LiteLLM's settings, those that a config has changed or that LiteLLM changes itself.
+        self._defaults: dict[str, Any] = {name: list(getattr(self.litellm, name)) for name in CALLBACK_LISTS}
+        session.install(self.litellm.llms.custom_httpx.aiohttp_transport.LiteLLMAiohttpTransport)
+        self.bridge.start()
+
+    def apply_settings(self, config: Config) -> None:
+        """``litellm_settings`` as LiteLLM's server applies them, in place of those of the config before.
+
+        The callbacks of the config before are gone then, its Router's too: the new config's Router brings its own.
+        """
+        self.restore_settings({})
+        self.litellm.utils.callback_list = []  # else LiteLLM starts only what the first config names
+        for name, value in litellm_attributes(self.litellm, config, self.log).items():
+            self._defaults.setdefault(name, getattr(self.litellm, name, None))
+            setattr(self.litellm, name, unshared(value))
+
+    def settings(self) -> dict[str, Any]:
+        """All that a config and its Router have changed in LiteLLM, for `restore_settings`."""
+        return {name: unshared(getattr(self.litellm, name)) for name in self._defaults}
+
+    def restore_settings(self, before: Mapping[str, Any]) -> None:
+        """Go back to settings of before; what is not among them has LiteLLM's default."""
+        for name, value in {**self._defaults, **before}.items():
+            setattr(self.litellm, name, unshared(value))
+
+    async def prove_cookies(self) -> None:
+        """Call a host on loopback that demands its cookie, over each HTTP stack of LiteLLM's.
+
+        LiteLLM changes such internals often: better to hear it at the start than to wonder at 503s later. A stack
+        that does not reach loopback at all (a proxy stands in between) proves nothing either way.
+        """
+        import asyncio
+
+        seen: dict[str, bool] = {}  # for the first part of each path that was asked, whether the cookie came
+        with loopback_server(CookieGate, seen) as url:
+            calls = [
+                getattr(self.litellm, function)(
+                    model=f"{path}/proof",
+                    messages=[{"role": "user", "content": "hello"}],
+                    max_tokens=1,
+                    api_key="none",
+                    api_base=f"{url}/{path}",
+                    timeout=PROOF_SECONDS,
+                    max_retries=0,
+                    **{"no-log": True},
+                )
+                for path, function in PROOFS.items()
+            ]
+            await asyncio.gather(*calls, return_exceptions=True)
+        self.session.forget(PROOF_COOKIE)
+        if lost := ", ".join(path for path, passed in seen.items() if not passed):
+            loses = f"LiteLLM {version_of('litellm')} loses cookies on its way to {lost}"
+            self.session.fault = f"{loses}: hosts that demand one will refuse"
+            self.log.event("CRITICAL", "session", "cookies_lost", message=self.session.fault)
+
+    def close(self) -> None:
+        """Close LiteLLM's connections and the loop."""
+        from litellm.llms.custom_httpx.async_client_cleanup import close_litellm_async_clients
+
+        self.bridge.run(close_litellm_async_clients())  # type: ignore[no-untyped-call]
+        self.bridge.run(self.session.aclose())
+        self.bridge.stop()
+
+
+# What goes in: the path, the body with its codings and forms, the fields that LiteLLM may get, the headers.
+
+API_BASE = re.compile(r"^(?:/openai(?!/deployments/))?(?:/v1)?(?=/|$)")
+
+
+def api_path(request: Request) -> str:
+    """The path within the model API, which clients put under ``/v1`` or not, and Azure's under ``/openai``."""
+    return API_BASE.sub("", request.path).rstrip("/")
+
+
+def require_method(request: Request, *allowed: str) -> None:
+    """Raises ProxyError 405 with ``Allow`` for any other method."""
+    if request.method not in allowed:
+        raise ProxyError(405, f"{request.path} takes {' or '.join(allowed)}", headers=[("Allow", ", ".join(allowed))])
+
+
+def parse_json_object(request: Request) -> dict[str, Any]:
+    """The request body.
+
+    Raises:
+        ProxyError: 400, it is no JSON object; 415, its coding is unknown; 413, it unfolds to more than the limit.
+    """
+    document = parse_json(decoded_body(request))
+    if not isinstance(document, dict):
+        raise ProxyError(400, "the request body must be a JSON object")
+    return document
+
+
+def decoded_body(request: Request) -> bytes:
+    """The request body without its content codings (RFC 9110 §8.4)."""
+    data = request.body.read()
+    for coding in reversed(request.headers.tokens("content-encoding")):
+        if coding == "identity":
+            continue
+        decoder = DECODERS.get(coding)
+        if decoder is None:
+            accepted = [("Accept-Encoding", ", ".join(DECODERS))]  # RFC 9110 §15.5.16
+            raise ProxyError(415, f"the content coding {coding!r} is not known here", headers=accepted)
+        try:
+            data = decoder(data, request.body.limit)
+        except (zlib.error, ValueError, EOFError, OSError) as error:
+            raise ProxyError(400, f"the request body is no valid {coding}: {error}") from None
+        if len(data) > request.body.limit:
+            raise ProxyError(413, f"the request body unfolds to more than {request.body.limit // 2**20} MiB")
+    return data
+
+
+def unfold(data: bytes, limit: int, decoder: Callable[[], Any]) -> bytes:
+    """What all members of a compressed body unfold to, at most one byte more than the limit.
+
+    A gzip file may have several (RFC 1952 §2.2), and a zstd one several frames (RFC 8878 §3.1). The bytes go in by
+    pieces, since each member copies what it leaves over.
+
+    Args:
+        decoder: makes the decompressor of one member.
+    """
+    found, at = bytearray(), 0
+    for _ in range(MAX_MEMBERS):
+        engine = decoder()
+        while not engine.eof:
+            piece = data[at : at + RECEIVE_BYTES]
+            if not piece:
+                raise EOFError("it ends early")
+            found += engine.decompress(piece, limit + 1 - len(found))
+            if len(found) > limit:
+                return bytes(found)
+            at += len(piece) - len(engine.unused_data)
+        if at == len(data):
+            return bytes(found)
+    raise ValueError(f"it has more than {MAX_MEMBERS} members")
+
+
+def deflate_body(data: bytes, limit: int) -> bytes:
+    """``deflate``: zlib's format, or, from some clients, the bare one."""
+    try:
+        return unfold(data, limit, zlib.decompressobj)
+    except zlib.error:
+        return unfold(data, limit, partial(zlib.decompressobj, -zlib.MAX_WBITS))
+
+
+def zstd_body(data: bytes, limit: int) -> bytes:
+    """``zstd``, which Python has from 3.14 on."""
+    zstd = import_module("compression.zstd")
+    try:
+        return unfold(data, limit, zstd.ZstdDecompressor)
+    except zstd.ZstdError as error:  # a class of a module that may not be there
+        raise ValueError(str(error)) from None
+
+
+DECODERS: Mapping[str, Callable[[bytes, int], bytes]] = {
+    **dict.fromkeys(("gzip", "x-gzip"), partial(unfold, decoder=partial(zlib.decompressobj, zlib.MAX_WBITS | 16))),
+    "deflate": deflate_body,
+    **({"zstd": zstd_body} if sys.version_info >= (3, 14) else {}),
+}
+
+
+def parse_form(request: Request) -> dict[str, Any]:
+    """The fields of a ``multipart/form-data`` body (RFC 7578): files as (name, bytes, content type), all else text.
+
+    Raises:
+        ProxyError: 400, it is no such body.
+    """
+    kind = request.headers.get("content-type")
+    boundary = form_params(kind).get("boundary")
+    if kind.partition(";")[0].strip().lower() != "multipart/form-data" or not boundary:
+        raise ProxyError(400, "the request body must be multipart/form-data with a boundary")
+    # A delimiter is a whole line, and the one with two more hyphens is the last (RFC 2046 §5.1.1).
+    delimiter = re.compile(rb"\r\n--" + re.escape(boundary.encode("latin-1")) + rb"(--)?[ \t]*(?=\r\n|\Z)")
+    split = delimiter.split(b"\r\n" + decoded_body(request), MAX_FORM_PARTS + 1)
+    ends, contents = split[1::2], split[2::2]
+    if b"--" not in ends:
+        said = "is unfinished" if len(ends) <= MAX_FORM_PARTS else f"has more than {MAX_FORM_PARTS} parts"
+        raise ProxyError(400, f"the form in the request body {said}")
+    fields: dict[str, Any] = {}
+    lists: dict[str, list[Any]] = {}
+    for content in contents[: ends.index(b"--")]:
+        name, value = form_field(content)
+        if name.endswith("[]"):
+            lists.setdefault(name[:-2], []).append(value)
+        else:
+            fields[name] = value
+    return {name: FORM_TYPES_OF.get(name, lambda text: text)(value) for name, value in {**fields, **lists}.items()}
+
+
+def form_field(part: bytes) -> tuple[str, Any]:
+    """Name and value of one part of a form, from the end of its delimiter on; raises ProxyError 400."""
+    begin = part.find(b"\r\n\r\n", 0, MAX_PART_HEAD_BYTES)
+    headers = parse_fields("\r\n" + part[2:begin].decode("latin-1")) if begin > 0 else NO_HEADERS
+    params = form_params(headers.get("content-disposition").encode("latin-1").decode("utf-8", "replace"))
+    name, file_name, content = params.get("name"), params.get("filename"), part[begin + 4 :]
+    if name is None:
+        raise ProxyError(400, "a part of the form in the request body has no name")
+    if file_name is None:
+        return name, content.decode("utf-8", "replace")
+    return name, (file_name, content, headers.get("content-type") or "application/octet-stream")
+
+
+FORM_PARAM = re.compile(r""";\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))""")
+
+
+def form_params(value: str) -> dict[str, str]:
+    """The parameters of a header of a form, by their lower-case names.
+
+    ``filename*``, which some clients send against RFC 7578 §4.2, counts where there is no ``filename``.
+    """
+    taken = FORM_PARAM.findall(value)
+    found = {name.lower(): quoted.replace('\\"', '"').replace("\\\\", "\\") or token for name, quoted, token in taken}
+    if "filename*" in found:
+        found.setdefault("filename", unquote(found["filename*"].rpartition("'")[2]))
+    return found
+
+
+def form_number(text: str) -> float:
+    """A number in a form; raises ProxyError 400."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        raise ProxyError(400, f"{text!r} in the form is no number") from None
+
+
+# What is no text in a transcription's form.
+FORM_TYPES_OF: Mapping[str, Callable[[Any], Any]] = {
+    "temperature": form_number,
+    "stream": lambda text: str(text).lower() == "true",
+}
+JSON_TYPES = {list: "array", int: "number", str: "string", dict: "object", bool: "boolean", tuple: "file"}
+
+# Fields that LiteLLM takes apart itself, with the JSON types that it does not check.
+OPTIONAL_SHAPE = {
+    "stream": bool,
+    **dict.fromkeys("stream_options metadata litellm_metadata extra_body cache".split(), dict),
+    **dict.fromkeys(("messages", "tools"), list),
+}
+CLIENT_SECONDS = ("timeout", "request_timeout", "stream_timeout")  # with a negative one LiteLLM itself seems to fail
+
+
+def check_shape(params: dict[str, Any], shape: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Check the fields that LiteLLM takes apart itself; what else may be wrong with them, the provider says.
+
+    A null is taken out: it means the same as nothing, but LiteLLM fails on that of ``metadata``.
+
+    Raises:
+        ProxyError: 400, a field has another JSON type than it must.
+    """
+    for name, kind in shape.items():
+        if not isinstance(params.get(name), kind):
+            types = " or ".join(JSON_TYPES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ProxyError(400, f"the request body must have {name!r}, a JSON {types}", param=name)
+    for name, wanted in OPTIONAL_SHAPE.items():
+        if params.get(name) is None:
+            params.pop(name, None)
+        elif not isinstance(params[name], wanted):
+            raise ProxyError(400, f"{name!r} must be a JSON {JSON_TYPES[wanted]}", param=name)
+    fits, rule = SECONDS
+    for name in CLIENT_SECONDS:
+        if params.get(name) is not None and not fits(params[name]):
+            raise ProxyError(400, f"{name!r} must be {rule}", param=name)
+    for name in ("messages", "tools"):
+        if not all_objects(params.get(name, ())):
+            raise ProxyError(400, f"each of {name!r} must be a JSON object", param=name)
+    if not all(is_content(message.get("content")) for message in params.get("messages", ())):
+        raise ProxyError(400, "a message's 'content' must be a string or an array of objects", param="messages")
+
+
+def is_content(value: Any) -> bool:
+    """Whether LiteLLM can read this content of a message."""
+    return all_objects(value) if isinstance(value, list) else not isinstance(value, (int, float))
+
+
+def all_objects(values: Iterable[Any]) -> bool:
+    """Whether these are all JSON objects."""
+    return all(isinstance(value, dict) for value in values)
+
 
 # LiteLLM's parameters that a client may set for its own request, as on LiteLLM's server. The rest of them decide
 # where a request goes and as whom, and are for the config alone.
@@ -3495,6 +3924,7 @@ CLIENT_PARAMS = frozenset(
     "metadata litellm_metadata num_retries max_retries request_timeout stream_timeout tags cache guardrails "
     "allowed_openai_params merge_reasoning_content_in_choices litellm_session_id litellm_trace_id id".split()
 )
+
 # Further names that decide this, on top of LiteLLM's own list: credentials and endpoints of single providers, and
 # arguments of the Router's functions.
 FORBIDDEN_PARAMS = frozenset(
@@ -3505,52 +3935,210 @@ FORBIDDEN_PARAMS = frozenset(
 )
 FORBIDDEN_PREFIXES = ("_", "aws_", "azure_", "gcs_", "s3_", "oci_", "sagemaker_", "vertex_", "litellm_")
 
+
+def not_for_clients(name: str) -> ProxyError:
+    """The 400 of a body field that decides where a request goes, or as whom."""
+    return ProxyError(400, f"{name!r} is set in config.yaml, not by a client", param=name)
+
+
+RESPONSE_ID = "resp_bGl0ZWxsbT"  # how LiteLLM's ids begin: "litellm:" in base64, then the deployment that has it
+
+
+def no_response(message: str) -> ProxyError:
+    """The 404 of a response that no provider keeps."""
+    return ProxyError(404, message, param="response_id")
+
+
+def refuse_unstored(response_id: str, query: Mapping[str, str]) -> None:
+    """Raises ProxyError 404 for an id that LiteLLM has not made; 400 where the response is wanted as a stream."""
+    if not response_id.startswith(RESPONSE_ID):
+        raise no_response(f"the response {response_id!r} does not exist")
+    if query.get("stream") == "true":  # OpenAI's client would find no event in a whole answer
+        raise ProxyError(400, "a stored response comes whole in sdk mode, not as a stream", param="stream")
+
+
+# What stands for the conversation so far → the code of the error at which clients send all of it.
+STAND_INS = {"thread": "thread_unsupported_request", "previous_response_id": "previous_response_not_found"}
+
+
+def lost_conversation(stand_in: str) -> ProxyError:
+    """The 400 in place of an answer to a client's last words: LiteLLM leaves out what a provider does not know."""
+    message = f"{stand_in!r} does not reach this model: send the whole conversation"
+    return ProxyError(400, message, param=stand_in, code=STAND_INS[stand_in])
+
+
 # Client headers that reach the provider: LiteLLM's server forwards the same ones.
 CREDENTIAL_HEADERS = frozenset("x-api-key x-goog-api-key x-litellm-api-key x-mcp-auth".split())
+
+
+def forwarded_to_provider(name: str) -> bool:
+    """Whether a client's header of this (lower-case) name reaches the provider."""
+    return name == "anthropic-beta" or (name.startswith("x-") and not name.startswith("x-stainless"))
+
+
+def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict[str, str]:
+    """The client's headers that LiteLLM is to send on, with the memory id and the request id."""
+    dropped = HOP_BY_HOP | CREDENTIAL_HEADERS | kept_back(mappings)
+    kept = {
+        name.lower(): request.headers.get(name.lower())
+        for name, value in request.headers.end_to_end(dropped)
+        if value.isascii() and forwarded_to_provider(name.lower())  # httpx sends nothing else than ASCII
+    }
+    return {**kept, "x-request-id": request.id, **dict(route.injected)}
+
+
+# Errors, as the provider has stated them: out of what the session saw, since LiteLLM blurs some and swallows others.
+
+
+def stated_error(said: Mapping[str, Any]) -> ProxyError:
+    """What a provider's error object says where the status was good: its code tells which one is meant, or its type."""
+    code = said.get("code")
+    status = next((status for status, name in ANTHROPIC_TYPES.items() if name == said.get("type")), 500)
+    if isinstance(code, int) and 400 <= code < 600:
+        status = code
+    message = plain_text(str(said.get("message") or "the provider's stream failed"))
+    return ProxyError(status, message, blame=PROVIDER, **said_fields(said))
+
+
+def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What a provider's error object says besides its message, for a `ProxyError`."""
+    names = {"kind": "type", "param": "param", "code": "code"}
+    return {key: said[name] for key, name in names.items() if isinstance(said.get(name), str)}
+
+
+def event_error(exchange: Exchange, error: BaseException | None = None) -> ProxyError | None:
+    """The error object of a stream's event: as it came, or as OpenAI's client keeps it in the exception it raises."""
+    bodies = (getattr(cause, "body", None) for cause in causes(error)) if error else ()
+    kept = next((body for body in bodies if isinstance(body, dict) and body.get("message")), None)
+    said = provider_error(exchange.error_data) or (with_cause(kept) if kept else {})
+    return stated_error(said) if said else None
+
+
+def false_answer(exchange: Exchange) -> ProxyError | None:
+    """The error in an answer with a good status, out of which LiteLLM makes an empty answer: a web page, or an object.
+
+    The page is no provider's own word: a host in front of it, such as Cloudflare's, answered; another side may get
+    through.
+    """
+    if not 0 < exchange.status < 400:
+        return None
+    if page := provider_page(exchange):
+        return ProxyError(502, page, blame=BACKEND)
+    said = provider_error(exchange.error_object)
+    return stated_error(said) if said.get("message") else None
+
+
+def refuse_false_answer(exchange: Exchange) -> None:
+    """Raises what `false_answer` finds."""
+    if error := false_answer(exchange):
+        raise error
+
+
+def refuse_no_stream(exchange: Exchange) -> None:
+    """Raises ProxyError 502 where something else came in place of a stream: LiteLLM makes an empty one of it."""
+    if exchange.alive and not re.search("stream|ndjson", exchange.headers.get("content-type")):
+        said = f"{exchange.host} answered with no stream, but with {sent_text(exchange.heard)}"
+        raise ProxyError(502, said, blame=PROVIDER)
+
+
+def ended_early() -> ProxyError:
+    """The error of a stream without an end, or of one that never began."""
+    return ProxyError(502, "the provider's stream ended early", blame=BACKEND)
+
+
+def provider_failure(exchange: Exchange, error: Exception) -> ProxyError:
+    """The error that a provider has answered.
+
+    The status is the truth: LiteLLM's classes blur some of them (a 403 of Anthropic's is its 500).
+    """
+    status, headers = exchange.status, provider_headers(exchange)
+    if exchange.challenged:
+        refused = f"the host in front of the model refused us (Cloudflare challenge): {exchange.host} answered {status}"
+        return ProxyError(status, refused, headers=headers, blame=PROVIDER)
+    said = provider_error(exchange.body)
+    text = said.get("message") or provider_page(exchange) or sent_text(exchange.body) or plain_message(error)
+    return ProxyError(status, text, headers=headers, blame=PROVIDER, **said_fields(said))
+
+
+def sent_text(body: bytes) -> str:
+    """An error's body as it came: LiteLLM keeps some, and loses some."""
+    return body.decode(errors="replace").strip()
+
+
+def provider_page(exchange: Exchange) -> str | None:
+    """What is said of an error that came as a web page; the page itself is for browsers."""
+    if exchange.headers.get("content-type").startswith("text/html"):
+        return f"{exchange.host} answered {exchange.status} with an HTML page"
+    return None
+
+
 # Provider headers that reach the client; those of its own connection (server, date, set-cookie, …) do not.
 PROVIDER_HEADERS = ("x-", "anthropic-", "openai-", "ratelimit-", "retry-after", "request-id")
 PROVIDER_HEADERS_DROPPED = OURS | {"x-accel-buffering", "x-frame-options", "x-powered-by"}
 
-# Settings of the config that decide on cooldowns and on retries.
-COOLDOWN_SETTINGS = frozenset("allowed_fails allowed_fails_policy cooldown_time disable_cooldowns".split())
-RETRY_SETTINGS = frozenset("num_retries retry_policy model_group_retry_policy".split())
 
-# Providers that log in with a device flow: asking LiteLLM whether their key is there would start it.
-DEVICE_FLOW_PROVIDERS = ("github_copilot/", "chatgpt/")
-
-# Settings for which LiteLLM has to hear how each call ended: callbacks, limits (rpm, tpm), budgets, cooldowns, routing.
-COUNTED = re.compile(r"(?:callback|[rt]pm|budget|cooldown|allowed_fails|pre_call_checks|routing)\w*':")
-
-# The proof of cookies at the start: for each HTTP stack (the OpenAI SDK's client, LiteLLM's own) a function of LiteLLM
-# that uses it. Claude by `acompletion` would load the tokenizer's tables, 40 MB that many never need.
-PROOFS = {"openai": "acompletion", "anthropic": "anthropic_messages"}
-PROOF_SECONDS = 5.0
-
-MODEL_CREATED = 1677610602  # Unix time that LiteLLM's server gives every model
-MODEL_CREATED_AT = "2023-02-28T18:56:42Z"  # the same, as Anthropic and Ollama write it
+def provider_headers(exchange: Exchange) -> list[tuple[str, str]]:
+    """The provider's response headers that concern the client."""
+    return [
+        (name, value)
+        for name, value in exchange.headers.fields
+        if name.lower().startswith(PROVIDER_HEADERS) and name.lower() not in PROVIDER_HEADERS_DROPPED
+    ]
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """One row of the model API in sdk mode.
+# What comes out: LiteLLM's results as JSON, and its streams as events.
 
-    Args:
-        function: the method of LiteLLM's Router, or of `SdkBackend`, that serves it.
-        shape: the fields that the body must have, and their JSON types as Python has them.
-        frames: turns LiteLLM's stream into server-sent events, or Ollama's lines; None: there are no streams.
-        read: makes the parameters out of the request's body.
-        write: makes content type and body out of LiteLLM's result and the model's name for the client.
-        imports: a module that LiteLLM imports with the first stream of this row.
-        stand_in: the field of the body that stands for the conversation so far.
-    """
 
-    function: str
-    shape: Mapping[str, type | tuple[type, ...]]
-    frames: Callable[[Any, str, Tally], AsyncIterator[bytes]] | None = None
-    read: Callable[[Request], dict[str, Any]] = lambda request: parse_json_object(request)
-    write: Callable[[Any, str], tuple[str, bytes]] = lambda result, model: whole_answer(result, model)
-    imports: str = ""
-    stand_in: str = ""
+def hidden_params(result: Any) -> dict[str, Any]:
+    """What LiteLLM notes of a result beside it."""
+    hidden = result.get("_hidden_params") if isinstance(result, dict) else getattr(result, "_hidden_params", None)
+    return hidden or {}
+
+
+def served_model(result: Any, model: str) -> str:
+    """The model that the client reads: the one it named, or after a fallback the one that answered."""
+    extra = hidden_params(result).get("additional_headers") or {}
+    fell_back = extra.get("x-litellm-attempted-fallbacks")
+    return str(extra.get("x-litellm-model-group") or model) if fell_back else model
+
+
+def filled_in(wildcard: str, target: str, model: str) -> str:
+    """What a deployment calls for this model: what the stars of its name stand for is in the place of its target's."""
+    found = re.fullmatch("(.*)".join(map(re.escape, wildcard.split("*"))), model)
+    for part in found.groups() if found else ():
+        target = target.replace("*", part, 1)
+    return target
+
+
+def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
+    """LiteLLM's result as JSON, naming the model as the client does; a transcription may be plain text."""
+    if isinstance(result, str):
+        return "text/plain; charset=utf-8", result.encode()
+    if not isinstance(result, dict):
+        named = model and getattr(result, "model", None)
+        copy = result.model_copy(update={"model": model}) if named else result
+        # OpenAI's schema demands the nulls of a response, and some of a chat's.
+        bare = getattr(result, "object", None) != "response"
+        answer = copy.model_dump(mode="json", exclude_none=bare, by_alias=True)
+        for choice in answer.get("choices") or ():
+            choice.setdefault("logprobs", None)
+            if "message" in choice:
+                choice["message"] = {"content": None, "refusal": None, **choice["message"]}
+        return "application/json", json.dumps(answer).encode()
+    document = {key: value for key, value in result.items() if key != "_hidden_params"}
+    if document.get("type") == "error":
+        raise stated_error(document.get("error") or {})
+    return "application/json", json.dumps({**document, "model": model} if "model" in document else document).encode()
+
+
+def speech_answer(result: Any, _model: str) -> tuple[str, bytes]:
+    """The sound that a provider has made."""
+    return result.response.headers.get("content-type") or "audio/mpeg", result.response.content
+
+
+def count_answer(result: Any, _model: str) -> tuple[str, bytes]:
+    """Anthropic's answer to how many tokens there are."""
+    return "application/json", json.dumps({"input_tokens": result.total_tokens}).encode()
 
 
 async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -3601,13 +4189,6 @@ async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
         raise error
     if silent:
         refuse_no_stream(exchange)
-
-
-def refuse_no_stream(exchange: Exchange) -> None:
-    """Raises ProxyError 502 where something else came in place of a stream: LiteLLM makes an empty one of it."""
-    if exchange.alive and not re.search("stream|ndjson", exchange.headers.get("content-type")):
-        said = f"{exchange.host} answered with no stream, but with {sent_text(exchange.heard)}"
-        raise ProxyError(502, said, blame=PROVIDER)
 
 
 def says_something(choice: Any) -> bool:
@@ -3670,11 +4251,6 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
         raise ended_early()
 
 
-def ended_early() -> ProxyError:
-    """The error of a stream without an end, or of one that never began."""
-    return ProxyError(502, "the provider's stream ended early", blame=BACKEND)
-
-
 def with_model(events: bytes, model: str) -> bytes:
     """Anthropic's events, the ``message_start`` among them with this model."""
     mark = MESSAGE_START.search(events)
@@ -3702,30 +4278,6 @@ def count_usage(events: bytes, tally: Tally) -> None:
             tally.add(usage if isinstance(usage, dict) else None)
 
 
-def stated_error(said: Mapping[str, Any]) -> ProxyError:
-    """What a provider's error object says where the status was good: its code tells which one is meant, or its type."""
-    code = said.get("code")
-    status = next((status for status, name in ANTHROPIC_TYPES.items() if name == said.get("type")), 500)
-    if isinstance(code, int) and 400 <= code < 600:
-        status = code
-    message = plain_text(str(said.get("message") or "the provider's stream failed"))
-    return ProxyError(status, message, blame=PROVIDER, **said_fields(said))
-
-
-def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
-    """What a provider's error object says besides its message, for a `ProxyError`."""
-    names = {"kind": "type", "param": "param", "code": "code"}
-    return {key: said[name] for key, name in names.items() if isinstance(said.get(name), str)}
-
-
-def event_error(exchange: Exchange, error: BaseException | None = None) -> ProxyError | None:
-    """The error object of a stream's event: as it came, or as OpenAI's client keeps it in the exception it raises."""
-    bodies = (getattr(cause, "body", None) for cause in causes(error)) if error else ()
-    kept = next((body for body in bodies if isinstance(body, dict) and body.get("message")), None)
-    said = provider_error(exchange.error_data) or (with_cause(kept) if kept else {})
-    return stated_error(said) if said else None
-
-
 async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """LiteLLM's events of a response as OpenAI's; those that carry the response name the model as the client does.
 
@@ -3748,6 +4300,22 @@ async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterato
         if silent and kind == "response.completed":
             refuse_no_stream(EXCHANGE.get())
         yield sse_event(part.model_dump_json(exclude_none=True, exclude_unset=True), kind)
+
+
+def empty_class(made: type) -> None:
+    """Take the functions out of a class that LiteLLM has made for one stream, which is over.
+
+    A class is a circle. By what its functions refer to it holds the stream's chunks and its conversation: megabytes,
+    which would lie about until the garbage collector comes by. A class that is made once refers to no stream, and stays
+    as it is.
+    """
+    if not (made.__module__.startswith("litellm.") and "<locals>" in made.__qualname__):
+        return
+    functions = {name: member for name, member in vars(made).items() if isinstance(member, FunctionType)}
+    held = [cell.cell_contents for function in functions.values() for cell in function.__closure__ or ()]
+    if any(isinstance(each, made.__mro__[1:-1]) for each in held):
+        for name in functions:
+            delattr(made, name)
 
 
 # Whole answers as the events of a stream, for what LiteLLM does not stream itself.
@@ -3820,16 +4388,6 @@ def response_events(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     ]
     for number, event in enumerate(events):
         yield {**event, "sequence_number": number}
-
-
-def speech_answer(result: Any, _model: str) -> tuple[str, bytes]:
-    """The sound that a provider has made."""
-    return result.response.headers.get("content-type") or "audio/mpeg", result.response.content
-
-
-def count_answer(result: Any, _model: str) -> tuple[str, bytes]:
-    """Anthropic's answer to how many tokens there are."""
-    return "application/json", json.dumps({"input_tokens": result.total_tokens}).encode()
 
 
 # Ollama's API (https://github.com/ollama/ollama/blob/main/docs/api.md), as far as its clients need it for a chat.
@@ -3947,6 +4505,70 @@ def ollama_answer(result: Any, model: str) -> tuple[str, bytes]:
     return "application/json", ollama_reply(model, message, choice.finish_reason or "stop", tally)
 
 
+# Lists of models, as each API has them.
+
+MODELS_PATH = "/models"
+MODEL_CREATED = 1677610602  # Unix time that LiteLLM's server gives every model
+MODEL_CREATED_AT = "2023-02-28T18:56:42Z"  # the same, as Anthropic and Ollama write it
+
+
+def openai_model(name: str) -> dict[str, Any]:
+    """A model in OpenAI's list."""
+    return {"id": name, "object": "model", "created": MODEL_CREATED, "owned_by": "openai"}
+
+
+def anthropic_model(name: str) -> dict[str, Any]:
+    """A model in Anthropic's list (https://docs.anthropic.com/en/api/models-list)."""
+    return {"type": "model", "id": name, "display_name": name, "created_at": MODEL_CREATED_AT}
+
+
+def page_of_models(rows: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
+    """Anthropic's page of a list: at most ``limit`` rows, right behind ``after_id`` or right before ``before_id``."""
+    ids = [row["id"] for row in rows]
+    begin = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
+    end = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
+    limit = int(query["limit"]) if re.fullmatch(r"[1-9][0-9]{0,3}", query.get("limit", "")) else len(ids)
+    backwards = query.get("before_id") in ids
+    page = rows[begin:end][-limit:] if backwards else rows[begin:end][:limit]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    return {"data": page, "has_more": len(page) < end - begin, "first_id": first, "last_id": last}
+
+
+def ollama_model(name: str) -> dict[str, Any]:
+    """A model in Ollama's list."""
+    details = {"format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
+    return {"name": name, "model": name, "modified_at": MODEL_CREATED_AT, "size": 0, "digest": "", "details": details}
+
+
+OLLAMA_ABILITIES = {"tools": "supports_function_calling", "vision": "supports_vision", "thinking": "supports_reasoning"}
+
+
+# The table of the model API.
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One row of the model API in sdk mode.
+
+    Args:
+        function: the method of LiteLLM's Router, or of `SdkBackend`, that serves it.
+        shape: the fields that the body must have, and their JSON types as Python has them.
+        frames: turns LiteLLM's stream into server-sent events, or Ollama's lines; None: there are no streams.
+        read: makes the parameters out of the request's body.
+        write: makes content type and body out of LiteLLM's result and the model's name for the client.
+        imports: a module that LiteLLM imports with the first stream of this row.
+        stand_in: the field of the body that stands for the conversation so far.
+    """
+
+    function: str
+    shape: Mapping[str, type | tuple[type, ...]]
+    frames: Callable[[Any, str, Tally], AsyncIterator[bytes]] | None = None
+    read: Callable[[Request], dict[str, Any]] = parse_json_object
+    write: Callable[[Any, str], tuple[str, bytes]] = whole_answer
+    imports: str = ""
+    stand_in: str = ""
+
+
 ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
     "/chat/completions": {"POST": Endpoint("acompletion", {"messages": list}, chat_frames)},
     "/messages": {
@@ -3972,16 +4594,12 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
     "/images/generations": {"POST": Endpoint("aimage_generation", {"prompt": str})},
     "/rerank": {"POST": Endpoint("arerank", {"query": str, "documents": list})},
     "/audio/speech": {"POST": Endpoint("aspeech", {"input": str}, write=speech_answer)},
-    "/audio/transcriptions": {
-        "POST": Endpoint("atranscription", {"file": tuple}, read=lambda request: parse_form(request))
-    },
+    "/audio/transcriptions": {"POST": Endpoint("atranscription", {"file": tuple}, read=parse_form)},
     "/api/chat": {
         "POST": Endpoint("acompletion", {"messages": list}, ollama_frames, read=ollama_params, write=ollama_answer)
     },
 }
-RESPONSE_ID = "resp_bGl0ZWxsbT"  # how LiteLLM's ids begin: "litellm:" in base64, then the deployment that has it
 NO_RESPONSE_IDS = ("compact", "input_tokens")  # in the place of an id, OpenAI's other paths under /responses
-MODELS_PATH = "/models"
 DEPLOYMENT_PATH = re.compile(r"/(?:openai/deployments|engines)/([^/]+)(/.+)")  # Azure's, and OpenAI's of old
 
 
@@ -3995,6 +4613,10 @@ def find_rows(path: str) -> tuple[Mapping[str, Endpoint], dict[str, str]]:
     return ENDPOINTS.get(above + slash, {}), {**given, "response_id": unquote(last)}
 
 
+# One request: from the table to the answer.
+
+UPGRADE_TO_HTTP = [("Upgrade", "HTTP/1.1"), ("Connection", "Upgrade")]  # RFC 9110 §15.5.22
+NDJSON_HEADERS = [("Content-Type", "application/x-ndjson"), ("X-Accel-Buffering", "no")]
 OWN_EVENTS = 2  # the most that LiteLLM makes before it asks the provider: response.created and in_progress in 1.100
 
 
@@ -4059,76 +4681,12 @@ class Opening:
             self._timer.cancel()
 
 
-class SdkRuntime:
-    """LiteLLM in this process, for as long as the program runs: the module, its loop, its session, its settings."""
+# Settings of the config that decide on cooldowns and on retries.
+COOLDOWN_SETTINGS = frozenset("allowed_fails allowed_fails_policy cooldown_time disable_cooldowns".split())
+RETRY_SETTINGS = frozenset("num_retries retry_policy model_group_retry_policy".split())
 
-    def __init__(self, log: Log, session: Session) -> None:
-        self.log, self.session = log, session
-        self.litellm = import_litellm(log)
-        self.uncounted = uncounted_calls()
-        self.bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
-        # Of LiteLLM's settings, those that a config has changed or that LiteLLM changes itself.
-        self._defaults: dict[str, Any] = {name: list(getattr(self.litellm, name)) for name in CALLBACK_LISTS}
-        session.install(self.litellm.llms.custom_httpx.aiohttp_transport.LiteLLMAiohttpTransport)
-        self.bridge.start()
-
-    def apply_settings(self, config: Config) -> None:
-        """``litellm_settings`` as LiteLLM's server applies them, in place of those of the config before.
-
-        The callbacks of the config before are gone then, its Router's too: the new config's Router brings its own.
-        """
-        self.restore_settings({})
-        self.litellm.utils.callback_list = []  # else LiteLLM starts only what the first config names
-        for name, value in litellm_attributes(self.litellm, config, self.log).items():
-            self._defaults.setdefault(name, getattr(self.litellm, name, None))
-            setattr(self.litellm, name, unshared(value))
-
-    def settings(self) -> dict[str, Any]:
-        """All that a config and its Router have changed in LiteLLM, for `restore_settings`."""
-        return {name: unshared(getattr(self.litellm, name)) for name in self._defaults}
-
-    def restore_settings(self, before: Mapping[str, Any]) -> None:
-        """Go back to settings of before; what is not among them has LiteLLM's default."""
-        for name, value in {**self._defaults, **before}.items():
-            setattr(self.litellm, name, unshared(value))
-
-    async def prove_cookies(self) -> None:
-        """Call a host on loopback that demands its cookie, over each HTTP stack of LiteLLM's.
-
-        LiteLLM changes such internals often: better to hear it at the start than to wonder at 503s later. A stack
-        that does not reach loopback at all (a proxy stands in between) proves nothing either way.
-        """
-        import asyncio
-
-        seen: dict[str, bool] = {}  # for the first part of each path that was asked, whether the cookie came
-        with loopback_server(CookieGate, seen) as url:
-            calls = [
-                getattr(self.litellm, function)(
-                    model=f"{path}/proof",
-                    messages=[{"role": "user", "content": "hello"}],
-                    max_tokens=1,
-                    api_key="none",
-                    api_base=f"{url}/{path}",
-                    timeout=PROOF_SECONDS,
-                    max_retries=0,
-                    **{"no-log": True},
-                )
-                for path, function in PROOFS.items()
-            ]
-            await asyncio.gather(*calls, return_exceptions=True)
-        self.session.forget(PROOF_COOKIE)
-        if lost := ", ".join(path for path, passed in seen.items() if not passed):
-            loses = f"LiteLLM {version_of('litellm')} loses cookies on its way to {lost}"
-            self.session.fault = f"{loses}: hosts that demand one will refuse"
-            self.log.event("CRITICAL", "session", "cookies_lost", message=self.session.fault)
-
-    def close(self) -> None:
-        """Close LiteLLM's connections and the loop."""
-        from litellm.llms.custom_httpx.async_client_cleanup import close_litellm_async_clients
-
-        self.bridge.run(close_litellm_async_clients())  # type: ignore[no-untyped-call]
-        self.bridge.run(self.session.aclose())
-        self.bridge.stop()
+# Settings for which LiteLLM has to hear how each call ended: callbacks, limits (rpm, tpm), budgets, cooldowns, routing.
+COUNTED = re.compile(r"(?:callback|[rt]pm|budget|cooldown|allowed_fails|pre_call_checks|routing)\w*':")
 
 
 class SdkBackend:
@@ -4535,539 +5093,6 @@ class SdkBackend:
     def close(self) -> None:
         """Take the Router out of LiteLLM's lists; calls that it is at work on end as they began."""
         self.router.discard()
-
-
-OLLAMA_ABILITIES = {"tools": "supports_function_calling", "vision": "supports_vision", "thinking": "supports_reasoning"}
-
-
-def openai_model(name: str) -> dict[str, Any]:
-    """A model in OpenAI's list."""
-    return {"id": name, "object": "model", "created": MODEL_CREATED, "owned_by": "openai"}
-
-
-def anthropic_model(name: str) -> dict[str, Any]:
-    """A model in Anthropic's list (https://docs.anthropic.com/en/api/models-list)."""
-    return {"type": "model", "id": name, "display_name": name, "created_at": MODEL_CREATED_AT}
-
-
-def page_of_models(rows: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
-    """Anthropic's page of a list: at most ``limit`` rows, right behind ``after_id`` or right before ``before_id``."""
-    ids = [row["id"] for row in rows]
-    begin = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
-    end = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
-    limit = int(query["limit"]) if re.fullmatch(r"[1-9][0-9]{0,3}", query.get("limit", "")) else len(ids)
-    backwards = query.get("before_id") in ids
-    page = rows[begin:end][-limit:] if backwards else rows[begin:end][:limit]
-    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-    return {"data": page, "has_more": len(page) < end - begin, "first_id": first, "last_id": last}
-
-
-def ollama_model(name: str) -> dict[str, Any]:
-    """A model in Ollama's list."""
-    details = {"format": "", "family": "", "families": [], "parameter_size": "", "quantization_level": ""}
-    return {"name": name, "model": name, "modified_at": MODEL_CREATED_AT, "size": 0, "digest": "", "details": details}
-
-
-UPGRADE_TO_HTTP = [("Upgrade", "HTTP/1.1"), ("Connection", "Upgrade")]  # RFC 9110 §15.5.22
-NDJSON_HEADERS = [("Content-Type", "application/x-ndjson"), ("X-Accel-Buffering", "no")]
-JSON_TYPES = {list: "array", int: "number", str: "string", dict: "object", bool: "boolean", tuple: "file"}
-# Fields that LiteLLM takes apart itself, with the JSON types that it does not check.
-OPTIONAL_SHAPE = {
-    "stream": bool,
-    **dict.fromkeys("stream_options metadata litellm_metadata extra_body cache".split(), dict),
-    **dict.fromkeys(("messages", "tools"), list),
-}
-CLIENT_SECONDS = ("timeout", "request_timeout", "stream_timeout")  # with a negative one LiteLLM itself seems to fail
-
-
-def check_shape(params: dict[str, Any], shape: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Check the fields that LiteLLM takes apart itself; what else may be wrong with them, the provider says.
-
-    A null is taken out: it means the same as nothing, but LiteLLM fails on that of ``metadata``.
-
-    Raises:
-        ProxyError: 400, a field has another JSON type than it must.
-    """
-    for name, kind in shape.items():
-        if not isinstance(params.get(name), kind):
-            types = " or ".join(JSON_TYPES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
-            raise ProxyError(400, f"the request body must have {name!r}, a JSON {types}", param=name)
-    for name, wanted in OPTIONAL_SHAPE.items():
-        if params.get(name) is None:
-            params.pop(name, None)
-        elif not isinstance(params[name], wanted):
-            raise ProxyError(400, f"{name!r} must be a JSON {JSON_TYPES[wanted]}", param=name)
-    fits, rule = SECONDS
-    for name in CLIENT_SECONDS:
-        if params.get(name) is not None and not fits(params[name]):
-            raise ProxyError(400, f"{name!r} must be {rule}", param=name)
-    for name in ("messages", "tools"):
-        if not all_objects(params.get(name, ())):
-            raise ProxyError(400, f"each of {name!r} must be a JSON object", param=name)
-    if not all(is_content(message.get("content")) for message in params.get("messages", ())):
-        raise ProxyError(400, "a message's 'content' must be a string or an array of objects", param="messages")
-
-
-def is_content(value: Any) -> bool:
-    """Whether LiteLLM can read this content of a message."""
-    return all_objects(value) if isinstance(value, list) else not isinstance(value, (int, float))
-
-
-def all_objects(values: Iterable[Any]) -> bool:
-    """Whether these are all JSON objects."""
-    return all(isinstance(value, dict) for value in values)
-
-
-def no_response(message: str) -> ProxyError:
-    """The 404 of a response that no provider keeps."""
-    return ProxyError(404, message, param="response_id")
-
-
-def refuse_unstored(response_id: str, query: Mapping[str, str]) -> None:
-    """Raises ProxyError 404 for an id that LiteLLM has not made; 400 where the response is wanted as a stream."""
-    if not response_id.startswith(RESPONSE_ID):
-        raise no_response(f"the response {response_id!r} does not exist")
-    if query.get("stream") == "true":  # OpenAI's client would find no event in a whole answer
-        raise ProxyError(400, "a stored response comes whole in sdk mode, not as a stream", param="stream")
-
-
-# What stands for the conversation so far → the code of the error at which clients send all of it.
-STAND_INS = {"thread": "thread_unsupported_request", "previous_response_id": "previous_response_not_found"}
-
-
-def lost_conversation(stand_in: str) -> ProxyError:
-    """The 400 in place of an answer to a client's last words: LiteLLM leaves out what a provider does not know."""
-    message = f"{stand_in!r} does not reach this model: send the whole conversation"
-    return ProxyError(400, message, param=stand_in, code=STAND_INS[stand_in])
-
-
-def not_for_clients(name: str) -> ProxyError:
-    """The 400 of a body field that decides where a request goes, or as whom."""
-    return ProxyError(400, f"{name!r} is set in config.yaml, not by a client", param=name)
-
-
-def import_litellm(log: Log) -> Any:
-    """LiteLLM, checked for what this program needs of it and with its own output turned off.
-
-    Raises:
-        StartError: LiteLLM is not installed, or its version lacks something of `LITELLM_INTERNALS`.
-    """
-    for name, value in LITELLM_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.environ.pop("LITELLM_RUST", None)  # a client of its own, past every Python session: the cookies would be lost
-    try:
-        import litellm
-    except ImportError as error:
-        raise StartError(f"sdk mode needs LiteLLM ({error}): pip install litellm") from None
-    for module, attribute, purpose in LITELLM_INTERNALS:
-        try:
-            attrgetter(attribute)(import_module(module))
-        except (ImportError, AttributeError):
-            raise litellm_lacks(f"{module}.{attribute}", purpose) from None
-    absent = [name for name in LITELLM_UNDECLARED if find_spec(name) is None]
-    if absent:
-        hint = f"LiteLLM needs more for /v1/messages, /v1/responses and tools: pip install {' '.join(absent)}"
-        log.event("WARNING", "sdk", "undeclared", message=hint)
-    warnings.filterwarnings("ignore", module="pydantic")  # LiteLLM's models do not always fit what it puts in them
-    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of use to whoever works on this, not to users
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # of a call that was cancelled as it began
-    litellm.suppress_debug_info = True
-    litellm.disable_hf_tokenizer_download = True  # it would hold the loop, and with it every client, for half a minute
-    litellm.telemetry = False
-    # LiteLLM looks there for its server's Router, in vain. Where the server is installed, this would hold the loop, and
-    # with it every client, for seconds, and take 80 MB.
-    sys.modules.setdefault("litellm.proxy.proxy_server", cast(Any, None))
-    for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "asyncio", "httpx"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [LoggingHandler(log)], False
-        logger.setLevel(log.level if log.level <= logging.DEBUG else logging.CRITICAL)
-    return litellm
-
-
-def uncounted_calls() -> ContextVar[bool]:
-    """LiteLLM's mark of calls that it neither logs nor counts, such as its own; in a version without it, no mark."""
-    with contextlib.suppress(ImportError, AttributeError):
-        mark: ContextVar[bool] = import_module("litellm._internal_context").is_internal_call
-        return mark
-    return ContextVar("uncounted")
-
-
-async def count_nothing(**_: Any) -> None:
-    """Stands for the Router's count of requests and tokens, where no limit needs it."""
-
-
-async def import_aside(module: str) -> None:
-    """Import a module of LiteLLM's in a thread, once: the loop, and with it every other client, would wait for it."""
-    import asyncio
-
-    if module not in sys.modules:
-        with contextlib.suppress(ImportError):  # another version of LiteLLM: it says so where it needs the module
-            await asyncio.to_thread(import_module, module)
-
-
-def litellm_lacks(what: str, purpose: str) -> StartError:
-    """The error of a LiteLLM without something that this program needs."""
-    return StartError(f"LiteLLM {version_of('litellm')} has no {what}, needed for {purpose}")
-
-
-def version_of(distribution: str) -> str:
-    """The installed version of a distribution."""
-    from importlib.metadata import version
-
-    return version(distribution)
-
-
-def unshared(value: Any) -> Any:
-    """The value, of a list a copy: LiteLLM changes its lists in place."""
-    return list(value) if isinstance(value, list) else value
-
-
-SERVER_SETTINGS = ("guardrails", "custom_provider_map", "post_call_rules")  # code that LiteLLM's server loads
-# What LiteLLM's server alone does; who relies on it (a guardrail keeps secrets back) is told that the SDK does not.
-SERVER_PARTS = tuple(
-    "guardrails policies prompts mcp_servers vector_store_registry search_tools general_settings.allowed_ips "
-    "general_settings.custom_auth general_settings.enable_jwt_auth general_settings.pass_through_endpoints".split()
-)
-
-
-def litellm_attributes(litellm: Any, config: Config, log: Log) -> dict[str, Any]:
-    """``litellm_settings`` as LiteLLM's server understands them: each is an attribute of the module."""
-    settings = config.section("litellm_settings")
-    found: dict[str, Any] = {}
-    for where in SERVER_PARTS:
-        if value_at(config.document, where):
-            log.event("WARNING", "config", "server_part", message=f"{where} works in binary mode only")
-    for key, value in settings.items():
-        if key == "cache":
-            found["cache"] = litellm.Cache(**settings.get("cache_params") or {}) if value else None
-        elif key in SERVER_SETTINGS or (key.endswith(("callback", "callbacks")) and "." in str(value)):
-            log.event("WARNING", "config", "litellm_settings", message=f"{key} works in binary mode only")
-        elif key != "cache_params":
-            found[str(key)] = [value] if key.endswith("callbacks") and isinstance(value, str) else value
-    if "request_timeout" in settings:
-        found["request_timeout_explicitly_set"] = True
-    credentials = config.document.get("credential_list")
-    if credentials:
-        found["credential_list"] = [litellm.types.utils.CredentialItem(**item) for item in credentials]
-    return found
-
-
-CREDENTIAL_PARAMS = (
-    *("api_key", "mock_response", "litellm_credential_name"),
-    *("azure_ad_token", "azure_username", "client_secret", "tenant_id"),
-)
-CREDENTIAL_FIELDS = ("authorization", "api-key", "x-api-key")  # in a deployment's ``extra_headers``
-
-
-def missing_provider_keys(litellm: Any, params: Mapping[str, Any]) -> str:
-    """The API key that a deployment needs from the environment and does not find there, in words.
-
-    LiteLLM knows the names. Cloud identities (AWS, Google) have more sources than variables and are left to it.
-    """
-    model = str(params["model"])
-    if (
-        any(params.get(name) for name in CREDENTIAL_PARAMS)
-        or any(str(name).lower() in CREDENTIAL_FIELDS for name in params.get("extra_headers") or ())
-        or model.startswith(DEVICE_FLOW_PROVIDERS)
-    ):
-        return ""
-    provider = params.get("custom_llm_provider")
-    found = litellm.validate_environment(model=f"{provider}/{model}" if provider else model)
-    return " or ".join(name for name in found["missing_keys"] if name.endswith("_API_KEY"))
-
-
-API_BASE = re.compile(r"^(?:/openai(?!/deployments/))?(?:/v1)?(?=/|$)")
-
-
-def api_path(request: Request) -> str:
-    """The path within the model API, which clients put under ``/v1`` or not, and Azure's under ``/openai``."""
-    return API_BASE.sub("", request.path).rstrip("/")
-
-
-def require_method(request: Request, *allowed: str) -> None:
-    """Raises ProxyError 405 with ``Allow`` for any other method."""
-    if request.method not in allowed:
-        raise ProxyError(405, f"{request.path} takes {' or '.join(allowed)}", headers=[("Allow", ", ".join(allowed))])
-
-
-def parse_json_object(request: Request) -> dict[str, Any]:
-    """The request body.
-
-    Raises:
-        ProxyError: 400, it is no JSON object; 415, its coding is unknown; 413, it unfolds to more than the limit.
-    """
-    document = parse_json(decoded_body(request))
-    if not isinstance(document, dict):
-        raise ProxyError(400, "the request body must be a JSON object")
-    return document
-
-
-def decoded_body(request: Request) -> bytes:
-    """The request body without its content codings (RFC 9110 §8.4)."""
-    data = request.body.read()
-    for coding in reversed(request.headers.tokens("content-encoding")):
-        if coding == "identity":
-            continue
-        decoder = DECODERS.get(coding)
-        if decoder is None:
-            accepted = [("Accept-Encoding", ", ".join(DECODERS))]  # RFC 9110 §15.5.16
-            raise ProxyError(415, f"the content coding {coding!r} is not known here", headers=accepted)
-        try:
-            data = decoder(data, request.body.limit)
-        except (zlib.error, ValueError, EOFError, OSError) as error:
-            raise ProxyError(400, f"the request body is no valid {coding}: {error}") from None
-        if len(data) > request.body.limit:
-            raise ProxyError(413, f"the request body unfolds to more than {request.body.limit // 2**20} MiB")
-    return data
-
-
-def unfold(data: bytes, limit: int, decoder: Callable[[], Any]) -> bytes:
-    """What all members of a compressed body unfold to, at most one byte more than the limit.
-
-    A gzip file may have several (RFC 1952 §2.2), and a zstd one several frames (RFC 8878 §3.1). The bytes go in by
-    pieces, since each member copies what it leaves over.
-
-    Args:
-        decoder: makes the decompressor of one member.
-    """
-    found, at = bytearray(), 0
-    for _ in range(MAX_MEMBERS):
-        engine = decoder()
-        while not engine.eof:
-            piece = data[at : at + RECEIVE_BYTES]
-            if not piece:
-                raise EOFError("it ends early")
-            found += engine.decompress(piece, limit + 1 - len(found))
-            if len(found) > limit:
-                return bytes(found)
-            at += len(piece) - len(engine.unused_data)
-        if at == len(data):
-            return bytes(found)
-    raise ValueError(f"it has more than {MAX_MEMBERS} members")
-
-
-def deflate_body(data: bytes, limit: int) -> bytes:
-    """``deflate``: zlib's format, or, from some clients, the bare one."""
-    try:
-        return unfold(data, limit, zlib.decompressobj)
-    except zlib.error:
-        return unfold(data, limit, partial(zlib.decompressobj, -zlib.MAX_WBITS))
-
-
-def zstd_body(data: bytes, limit: int) -> bytes:
-    """``zstd``, which Python has from 3.14 on."""
-    zstd = import_module("compression.zstd")
-    try:
-        return unfold(data, limit, zstd.ZstdDecompressor)
-    except zstd.ZstdError as error:  # a class of a module that may not be there
-        raise ValueError(str(error)) from None
-
-
-DECODERS: Mapping[str, Callable[[bytes, int], bytes]] = {
-    **dict.fromkeys(("gzip", "x-gzip"), partial(unfold, decoder=partial(zlib.decompressobj, zlib.MAX_WBITS | 16))),
-    "deflate": deflate_body,
-    **({"zstd": zstd_body} if sys.version_info >= (3, 14) else {}),
-}
-
-
-def parse_form(request: Request) -> dict[str, Any]:
-    """The fields of a ``multipart/form-data`` body (RFC 7578): files as (name, bytes, content type), all else text.
-
-    Raises:
-        ProxyError: 400, it is no such body.
-    """
-    kind = request.headers.get("content-type")
-    boundary = form_params(kind).get("boundary")
-    if kind.partition(";")[0].strip().lower() != "multipart/form-data" or not boundary:
-        raise ProxyError(400, "the request body must be multipart/form-data with a boundary")
-    # A delimiter is a whole line, and the one with two more hyphens is the last (RFC 2046 §5.1.1).
-    delimiter = re.compile(rb"\r\n--" + re.escape(boundary.encode("latin-1")) + rb"(--)?[ \t]*(?=\r\n|\Z)")
-    split = delimiter.split(b"\r\n" + decoded_body(request), MAX_FORM_PARTS + 1)
-    ends, contents = split[1::2], split[2::2]
-    if b"--" not in ends:
-        said = "is unfinished" if len(ends) <= MAX_FORM_PARTS else f"has more than {MAX_FORM_PARTS} parts"
-        raise ProxyError(400, f"the form in the request body {said}")
-    fields: dict[str, Any] = {}
-    lists: dict[str, list[Any]] = {}
-    for content in contents[: ends.index(b"--")]:
-        name, value = form_field(content)
-        if name.endswith("[]"):
-            lists.setdefault(name[:-2], []).append(value)
-        else:
-            fields[name] = value
-    return {name: FORM_TYPES_OF.get(name, lambda text: text)(value) for name, value in {**fields, **lists}.items()}
-
-
-def form_field(part: bytes) -> tuple[str, Any]:
-    """Name and value of one part of a form, from the end of its delimiter on; raises ProxyError 400."""
-    begin = part.find(b"\r\n\r\n", 0, MAX_PART_HEAD_BYTES)
-    headers = parse_fields("\r\n" + part[2:begin].decode("latin-1")) if begin > 0 else NO_HEADERS
-    params = form_params(headers.get("content-disposition").encode("latin-1").decode("utf-8", "replace"))
-    name, file_name, content = params.get("name"), params.get("filename"), part[begin + 4 :]
-    if name is None:
-        raise ProxyError(400, "a part of the form in the request body has no name")
-    if file_name is None:
-        return name, content.decode("utf-8", "replace")
-    return name, (file_name, content, headers.get("content-type") or "application/octet-stream")
-
-
-FORM_PARAM = re.compile(r""";\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))""")
-
-
-def form_params(value: str) -> dict[str, str]:
-    """The parameters of a header of a form, by their lower-case names.
-
-    ``filename*``, which some clients send against RFC 7578 §4.2, counts where there is no ``filename``.
-    """
-    taken = FORM_PARAM.findall(value)
-    found = {name.lower(): quoted.replace('\\"', '"').replace("\\\\", "\\") or token for name, quoted, token in taken}
-    if "filename*" in found:
-        found.setdefault("filename", unquote(found["filename*"].rpartition("'")[2]))
-    return found
-
-
-def form_number(text: str) -> float:
-    """A number in a form; raises ProxyError 400."""
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        raise ProxyError(400, f"{text!r} in the form is no number") from None
-
-
-# What is no text in a transcription's form.
-FORM_TYPES_OF: Mapping[str, Callable[[Any], Any]] = {
-    "temperature": form_number,
-    "stream": lambda text: str(text).lower() == "true",
-}
-
-
-def forwarded_to_provider(name: str) -> bool:
-    """Whether a client's header of this (lower-case) name reaches the provider."""
-    return name == "anthropic-beta" or (name.startswith("x-") and not name.startswith("x-stainless"))
-
-
-def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict[str, str]:
-    """The client's headers that LiteLLM is to send on, with the memory id and the request id."""
-    dropped = HOP_BY_HOP | CREDENTIAL_HEADERS | kept_back(mappings)
-    kept = {
-        name.lower(): request.headers.get(name.lower())
-        for name, value in request.headers.end_to_end(dropped)
-        if value.isascii() and forwarded_to_provider(name.lower())  # httpx sends nothing else than ASCII
-    }
-    return {**kept, "x-request-id": request.id, **dict(route.injected)}
-
-
-def false_answer(exchange: Exchange) -> ProxyError | None:
-    """The error in an answer with a good status, out of which LiteLLM makes an empty answer: a web page, or an object.
-
-    The page is no provider's own word: a host in front of it, such as Cloudflare's, answered; another side may get
-    through.
-    """
-    if not 0 < exchange.status < 400:
-        return None
-    if page := provider_page(exchange):
-        return ProxyError(502, page, blame=BACKEND)
-    said = provider_error(exchange.error_object)
-    return stated_error(said) if said.get("message") else None
-
-
-def refuse_false_answer(exchange: Exchange) -> None:
-    """Raises what `false_answer` finds."""
-    if error := false_answer(exchange):
-        raise error
-
-
-def provider_failure(exchange: Exchange, error: Exception) -> ProxyError:
-    """The error that a provider has answered.
-
-    The status is the truth: LiteLLM's classes blur some of them (a 403 of Anthropic's is its 500).
-    """
-    status, headers = exchange.status, provider_headers(exchange)
-    if exchange.challenged:
-        refused = f"the host in front of the model refused us (Cloudflare challenge): {exchange.host} answered {status}"
-        return ProxyError(status, refused, headers=headers, blame=PROVIDER)
-    said = provider_error(exchange.body)
-    text = said.get("message") or provider_page(exchange) or sent_text(exchange.body) or plain_message(error)
-    return ProxyError(status, text, headers=headers, blame=PROVIDER, **said_fields(said))
-
-
-def sent_text(body: bytes) -> str:
-    """An error's body as it came: LiteLLM keeps some, and loses some."""
-    return body.decode(errors="replace").strip()
-
-
-def provider_page(exchange: Exchange) -> str | None:
-    """What is said of an error that came as a web page; the page itself is for browsers."""
-    if exchange.headers.get("content-type").startswith("text/html"):
-        return f"{exchange.host} answered {exchange.status} with an HTML page"
-    return None
-
-
-def provider_headers(exchange: Exchange) -> list[tuple[str, str]]:
-    """The provider's response headers that concern the client."""
-    return [
-        (name, value)
-        for name, value in exchange.headers.fields
-        if name.lower().startswith(PROVIDER_HEADERS) and name.lower() not in PROVIDER_HEADERS_DROPPED
-    ]
-
-
-def hidden_params(result: Any) -> dict[str, Any]:
-    """What LiteLLM notes of a result beside it."""
-    hidden = result.get("_hidden_params") if isinstance(result, dict) else getattr(result, "_hidden_params", None)
-    return hidden or {}
-
-
-def empty_class(made: type) -> None:
-    """Take the functions out of a class that LiteLLM has made for one stream, which is over.
-
-    A class is a circle. By what its functions refer to it holds the stream's chunks and its conversation: megabytes,
-    which would lie about until the garbage collector comes by. A class that is made once refers to no stream, and stays
-    as it is.
-    """
-    if not (made.__module__.startswith("litellm.") and "<locals>" in made.__qualname__):
-        return
-    functions = {name: member for name, member in vars(made).items() if isinstance(member, FunctionType)}
-    held = [cell.cell_contents for function in functions.values() for cell in function.__closure__ or ()]
-    if any(isinstance(each, made.__mro__[1:-1]) for each in held):
-        for name in functions:
-            delattr(made, name)
-
-
-def served_model(result: Any, model: str) -> str:
-    """The model that the client reads: the one it named, or after a fallback the one that answered."""
-    extra = hidden_params(result).get("additional_headers") or {}
-    fell_back = extra.get("x-litellm-attempted-fallbacks")
-    return str(extra.get("x-litellm-model-group") or model) if fell_back else model
-
-
-def filled_in(wildcard: str, target: str, model: str) -> str:
-    """What a deployment calls for this model: what the stars of its name stand for is in the place of its target's."""
-    found = re.fullmatch("(.*)".join(map(re.escape, wildcard.split("*"))), model)
-    for part in found.groups() if found else ():
-        target = target.replace("*", part, 1)
-    return target
-
-
-def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
-    """LiteLLM's result as JSON, naming the model as the client does; a transcription may be plain text."""
-    if isinstance(result, str):
-        return "text/plain; charset=utf-8", result.encode()
-    if not isinstance(result, dict):
-        named = model and getattr(result, "model", None)
-        copy = result.model_copy(update={"model": model}) if named else result
-        # OpenAI's schema demands the nulls of a response, and some of a chat's.
-        bare = getattr(result, "object", None) != "response"
-        answer = copy.model_dump(mode="json", exclude_none=bare, by_alias=True)
-        for choice in answer.get("choices") or ():
-            choice.setdefault("logprobs", None)
-            if "message" in choice:
-                choice["message"] = {"content": None, "refusal": None, **choice["message"]}
-        return "application/json", json.dumps(answer).encode()
-    document = {key: value for key, value in result.items() if key != "_hidden_params"}
-    if document.get("type") == "error":
-        raise stated_error(document.get("error") or {})
-    return "application/json", json.dumps({**document, "model": model} if "model" in document else document).encode()
 
 
 # ── binary backend ───────────────────────────────────────────────────────────────────────────────────────────────
