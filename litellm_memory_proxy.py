@@ -5710,11 +5710,8 @@ class LitellmServer:
         """
         if find_spec("litellm") is None:
             raise StartError("binary mode needs LiteLLM's server: pip install 'litellm[proxy]', or --litellm-url URL")
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", self._port)) == 0:
-                raise StartError(
-                    f"port {self._port} is taken: choose another with --litellm-port, or use --litellm-url"
-                )
+        if port_taken(self._port):
+            raise StartError(f"port {self._port} is taken: choose another with --litellm-port, or use --litellm-url")
         self._thread.start()
 
     def wait(self, stopped: Callable[[], bool]) -> None:
@@ -5758,6 +5755,9 @@ class LitellmServer:
 
     def _run_once(self) -> None:
         """Start the server and stay with it until it ends."""
+        if port_taken(self._port):  # who answers there would pass for the server, which moves elsewhere or dies later
+            self._last_words.append(f"port {self._port} is taken by another process")
+            return
         config = save_copy(self.config, self._copy)
         arguments = [str(self._copy), "--config", config, "--host", "127.0.0.1", "--port", str(self._port)]
         environment = {**LITELLM_ENVIRONMENT, **self.config.environment}
@@ -5829,6 +5829,12 @@ class LitellmServer:
         self._thread.join(CHILD_STOP_SECONDS)
         with contextlib.suppress(OSError):  # there is none, or the disk is read-only
             self._copy.unlink()
+
+
+def port_taken(port: int) -> bool:
+    """Whether somebody listens on this port of loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def server_answers(port: int) -> bool:

@@ -4747,6 +4747,22 @@ def test_a_litellm_server_that_the_system_does_not_start_is_tried_again(tmp_path
     server.stop()
 
 
+def test_who_has_the_litellm_servers_port_is_not_taken_for_it(tmp_path: Path, provider: Provider) -> None:
+    config = proxy.load_config(write_config(tmp_path, config_for(provider)))
+    stranger = Provider()  # it says 200 to whatever it is asked
+    server = proxy.LitellmServer(config, stranger.port, quiet_log())
+    server._thread.start()  # without a look at the port, as after the server's death
+    try:
+        with pytest.raises(proxy.StartError, match=f"port {stranger.port} is taken"):
+            server.wait(lambda: False)
+        assert server.down() and not server._process and not stranger.got
+        stranger.server.shutdown()
+        stranger.server.server_close()
+        wait_until(lambda: server._process)
+    finally:
+        server.stop()
+
+
 def test_a_litellm_server_that_dies_under_load_is_started_again(binary: Proxy, provider: Provider) -> None:
     with Load(binary, rate=20) as load:
         load.wait_for("binary")
