@@ -7005,7 +7005,7 @@ class Program:
             self._sides = replace(self._sides, server=server)
         sdk = None
         if settings.has_sdk:
-            self._log.event("INFO", "sdk", "starting", message="loading LiteLLM (3 to 10 s)")
+            self._log.event("INFO", "sdk", "starting", message="loading LiteLLM (3 to 10 s, the first time longer)")
             self._runtime = SdkRuntime(self._log, Session(settings.cookie_file, self._log))
             sdk = SdkBackend(config, self._runtime)
             self._runtime.bridge.run(self._runtime.prove_cookies())
