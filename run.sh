@@ -28,7 +28,7 @@ requirements() { sed -n '/^# dependencies = \[/,/^# \]/s/^#  *"\(.*\)",*$/\1/p' 
 server_requirement() { requirements | sed -n 's/^litellm/litellm[proxy]/p'; }
 
 find_python() {
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "$candidate"
             return

@@ -3,7 +3,7 @@
 Everything is real: the module's own processes, LiteLLM's SDK and LiteLLM's server, sockets. The providers are played
 by `Provider`, an HTTP server that answers from a script and records what it got. Nothing of ours is patched.
 
-    ./run.sh test                 all of it (about ten minutes; installs LiteLLM's server the first time)
+    ./run.sh test                 all of it (a quarter of an hour; installs LiteLLM's server the first time)
     ./run.sh test -k routing      some of it
     ./run.sh clients              the real clients that npm has, in both modes
     ./run.sh bench                how fast it is, beside nginx, LiteLLM's server and the bare SDK
@@ -8462,6 +8462,19 @@ def test_run_sh_finds_its_files_by_a_symlink_and_from_elsewhere(tmp_path: Path) 
     command, environment = [tmp_path / "proxy", "check"], clean_environment(VENV=sys.prefix)
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.stdout.splitlines()[-1].startswith(f"{HERE / 'config.yaml'}: ok, "), result.stderr
+
+
+@pytest.mark.parametrize("name", ["python3", "python3.14", "python3.10"])
+def test_run_sh_finds_a_python_that_is_new_enough(tmp_path: Path, name: str) -> None:
+    """The only one on the PATH, which makes no virtual environment: nothing is installed."""
+    python = tmp_path / name
+    python.write_text('#!/bin/sh\n[ "$1" = -c ]\n')
+    python.chmod(0o755)
+    for tool in ("sh", "readlink", "dirname", "rm"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    environment = clean_environment(VENV=str(tmp_path / "venv"), PATH=str(tmp_path))
+    result = subprocess.run([HERE / "run.sh", "check"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith(f"run.sh: {name} -m venv failed")
 
 
 NO_START = ["--host", "0.0.0.0"]  # without a master key that is refused
