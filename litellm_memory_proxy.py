@@ -8268,7 +8268,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     commands = (
-        "serve (default): run the proxy; check: validate the config, exit 1 if it has problems; load: measure a "
+        "serve (default): run the proxy; check: validate the config, exit 1 if it has errors; load: measure a "
         "running proxy, exit 1 if a request failed; parity: do both modes answer alike? exit 1 if not; cutover, "
         "rollback: move the main port of the running --mode both to the sdk, back to binary"
     )
