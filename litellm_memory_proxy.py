@@ -755,7 +755,9 @@ def environment_variables(section: Any, environment: Mapping[str, str], problems
 
 def dotenv_path(config_path: str) -> Path:
     """The ``.env`` that counts: the one beside the config, else the first from the working directory upwards."""
-    folders = (Path(config_path).parent, Path.cwd(), *Path.cwd().parents)
+    folders = [Path(config_path).parent]
+    with contextlib.suppress(OSError):  # the working directory has been removed
+        folders += [Path.cwd(), *Path.cwd().parents]
     return next((path for path in (folder / ".env" for folder in folders) if path.is_file()), folders[0] / ".env")
 
 
