@@ -254,7 +254,7 @@ NONE = "-"  # stands there for a memory id or a model where there is none
 # One family of errors, each with its HTTP status, and the shapes they take in the two dialects. Nothing here knows
 # sockets or imports litellm: LiteLLM's exceptions are known by the names of their classes.
 
-OPENAI, ANTHROPIC, OLLAMA = "openai", "anthropic", "ollama"
+OPENAI, RESPONSES, ANTHROPIC, OLLAMA = "openai", "responses", "anthropic", "ollama"
 
 # Status → error type (https://docs.anthropic.com/en/api/errors; OpenAI's types, as its API sends them).
 ANTHROPIC_TYPES = {
@@ -337,7 +337,7 @@ class ProxyError(Exception):
         return self
 
     def body(self, dialect: str) -> dict[str, Any]:
-        """The error body in the given dialect, ``OPENAI``, ``ANTHROPIC`` or ``OLLAMA``."""
+        """The error body in the given dialect; that of ``RESPONSES`` is OpenAI's."""
         if dialect == OLLAMA:
             return {"error": self.message}
         default = "api_error" if self.status >= 500 else "invalid_request_error"
@@ -364,9 +364,12 @@ def dialect_of(path: str, *, anthropic: bool = False) -> str:
     Args:
         anthropic: the client speaks Anthropic's, also where both have the path.
     """
-    found = re.match(r"(?:/v1)?/(messages|models|files|skills)(?:/|$)", path)
-    if found and (anthropic or found[1] == "messages"):
+    found = re.match(r"(?:/openai)?(?:/v1)?/(messages|responses|models|files|skills)(?:/|$)", path)
+    name = found[1] if found else ""
+    if name == "messages" or (anthropic and name in ("models", "files", "skills")):
         return ANTHROPIC
+    if name == "responses":
+        return RESPONSES
     return OLLAMA if path.startswith("/api/") else OPENAI
 
 
@@ -2754,9 +2757,12 @@ def json_line(document: Any) -> bytes:
 
 def sse_error(error: ProxyError, dialect: str) -> bytes:
     """The event that ends a stream whose head is already out; Ollama's streams are JSON lines."""
+    body = error.body(dialect)
     if dialect == OLLAMA:
-        return json_line(error.body(dialect))
-    return sse_event(json.dumps(error.body(dialect)), "error" if dialect == ANTHROPIC else None)
+        return json_line(body)
+    if dialect == RESPONSES:  # as it is documented, and as OpenAI's clients look for it
+        body = {**body["error"], **body, "type": "error"}
+    return sse_event(json.dumps(body), None if dialect == OPENAI else "error")
 
 
 # ── asyncio bridge ───────────────────────────────────────────────────────────────────────────────────────────────

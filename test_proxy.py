@@ -826,6 +826,7 @@ def test_every_litellm_exception_keeps_its_status() -> None:
         ("/v1/messages/count_tokens", "anthropic"),
         ("/v1/chat/completions", "openai"),
         ("/v1/messagesx", "openai"),
+        ("/openai/v1/responses", "responses"),
         ("/nowhere", "openai"),
     ],
 )
@@ -2946,7 +2947,7 @@ def test_an_error_object_may_come_in_pieces(sdk: Proxy, provider: Provider, befo
 @pytest.mark.parametrize("body", [b'{"base_resp": {"status_msg": "no such key"}}', b"no such key"])
 def test_what_is_no_stream_is_no_empty_answer(sdk: Proxy, provider: Provider, body: bytes) -> None:
     provider.script = lambda _got: Reply(body, 200)
-    rows = [(CHAT, "gpt"), *((path, name) for path in (MESSAGES, RESPONSES) for name in ("claude", "gemini"))]
+    rows = [(CHAT, "gpt"), (MESSAGES, "claude"), *((RESPONSES, name) for name in ("claude", "gemini"))]
     calls = [(path, body_for(path, name)) for path, name in rows]
     calls += [("/v1/completions", {"model": "gpt", "prompt": "hello"}), ("/api/chat", chat_body())]
     for path, asked in calls:
@@ -8509,9 +8510,26 @@ def test_run_sh_installs_the_server_only_for_what_needs_it(tmp_path: Path, argum
     assert ("LiteLLM 1.2 is now 1.1: a proxy that runs from here fails" in result.stderr) == server
 
 
+class WithoutServer:
+    """Of the tests, those that show whether another version of LiteLLM's SDK will do, and need none of its server."""
+
+    SESSION = re.compile("session|challenge|cookie|connections_to_a_provider")
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        kept, left = [], []
+        for item in items:
+            fixtures = set(getattr(item, "fixturenames", ()))
+            suits = self.SESSION.search(item.name) or ("sdk" in fixtures and "binary" not in fixtures)
+            (kept if suits else left).append(item)
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
         sys.exit(run_bench(sys.argv[2:]))
+    if sys.argv[1:2] == ["sdk"]:
+        sys.exit(pytest.main([str(HERE / "test_proxy.py"), *sys.argv[2:]], [WithoutServer()]))
     if sys.argv[1:] != ["clients"]:
-        sys.exit("usage: test_proxy.py clients | bench [WORD...] (the tests themselves: ./run.sh test)")
+        sys.exit("usage: test_proxy.py clients | bench [WORD...] | sdk [ARGS] (all tests: ./run.sh test)")
     sys.exit(run_clients())
