@@ -5115,17 +5115,19 @@ class Upstream:
     """Where the LiteLLM server is: parses its URL and opens connections to it."""
 
     def __init__(self, url: str) -> None:
+        if "@" in url:  # it is not shown
+            raise StartError("--litellm-url takes no credentials: each client shows LiteLLM's server its own key")
         try:
             parts = urlsplit(url)
             self.port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:
             parts = urlsplit("")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
             raise StartError(f"--litellm-url must be http://HOST:PORT or https://…, not {url!r}")
-        self.host, self.prefix, self.authority = parts.hostname, parts.path.rstrip("/"), parts.netloc.rpartition("@")[2]
+        self.host, self.prefix, self.authority = parts.hostname, parts.path.rstrip("/"), parts.netloc
         self.fault: str | None = None  # why it cannot be reached, until it can be again
         self._closed, self._looking = threading.Event(), threading.Lock()
-        self.url = f"{parts.scheme}://{self.authority}{self.prefix}"  # without credentials: it is shown
+        self.url = f"{parts.scheme}://{self.authority}{self.prefix}"
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
 
     def connect(self) -> socket.socket:

@@ -6766,11 +6766,21 @@ def test_an_address_of_another_machine_is_one_clear_line_that_blames_no_port(sha
     )
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:4000", "http://127.0.0.1:99999", "http://[::1", "http://h:abc", "ftp://h"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:4000", "http://127.0.0.1:99999", "http://[::1", "http://h:abc", "ftp://h", "http://h?q"]
+)
 def test_an_unusable_litellm_url_is_one_clear_line_at_once(shared_provider: Provider, url: str) -> None:
     refused = failed_start(config_for(shared_provider), "--mode", "sdk", "--litellm-url", url)
     assert refused.lines[-1].startswith("error: --litellm-url must be http://HOST:PORT")
     assert "loading LiteLLM" not in refused.output
+
+
+def test_a_litellm_url_with_a_password_is_refused_without_showing_it(shared_provider: Provider) -> None:
+    url = shared_provider.url.replace("//", "//user:hunter22@")
+    refused = failed_start(config_for(shared_provider), "--mode", "binary", "--litellm-url", url)
+    assert (
+        refused.lines[-1].startswith("error: --litellm-url takes no credentials") and "hunter22" not in refused.output
+    )
 
 
 @pytest.mark.parametrize(
