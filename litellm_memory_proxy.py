@@ -3,7 +3,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "litellm>=1.100.0,<2",
+#   "litellm>=1.106.0,<2",
 #   "httpx>=0.27,<1",
 #   "pyyaml>=6.0",
 #   "backoff",
@@ -235,6 +235,7 @@ LOG_FILES = 5  # ... to one of this many older ones
 MAX_LOG_LINES = 10_000  # waiting to be written
 LOG_PAUSE_SECONDS = 0.02  # between two writes: nobody sees it, and under load one write takes many lines
 LOG_FLUSH_SECONDS = 1.0  # at the end, for whoever reads our output
+PROGRESS_SECONDS = 2.0  # between two lines that say how far something is
 MAX_MODEL = 200  # characters of a model's name in log and metrics
 MAX_MODEL_NAME = 2048  # the most that an ARN of AWS has; LiteLLM takes 4 s over one of a megabyte, and remembers it
 MAX_COST = 1e6  # US dollars of one call; a larger figure is none
@@ -1648,6 +1649,22 @@ class Log:
         when = outcome.ended.at if outcome else time.time()
         self._events.append(LogEvent(when, level, component, event, fields, outcome))
         self.wake()
+
+    @contextlib.contextmanager
+    def progress(self, component: str, message: str) -> Iterator[None]:
+        """Say every `PROGRESS_SECONDS`, as long as this lasts, that time goes by."""
+        began, over = time.monotonic(), threading.Event()
+
+        def tell() -> None:
+            while not over.wait(PROGRESS_SECONDS):
+                passed = int(time.monotonic() - began)
+                self.event("INFO", component, "starting", message=f"{message} ({passed} s)")
+
+        threading.Thread(target=tell, name="progress", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def wake(self) -> None:
         """There are events."""
@@ -5801,18 +5818,12 @@ class LitellmServer:
 
     def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
         """Ask until the server answers, and show that time goes by."""
-        began = time.monotonic()
-        shown = 0
-        while process.poll() is None and not self._stopping.is_set():
-            if server_answers(self._port) and process.poll() is None:
-                self._served, self._stillborn = True, ""
-                self._up.set()
-                return
-            passed = int(time.monotonic() - began)
-            if passed >= shown + 2:
-                shown = passed
-                self._log.event("INFO", "litellm", "starting", message=f"waiting for the LiteLLM server ({passed} s)")
-            self._stopping.wait(0.25)
+        with self._log.progress("litellm", "waiting for the LiteLLM server"):
+            while process.poll() is None and not self._stopping.wait(0.25):
+                if server_answers(self._port) and process.poll() is None:
+                    self._served, self._stillborn = True, ""
+                    self._up.set()
+                    return
 
     def _await_death(self, process: subprocess.Popen[bytes]) -> None:
         """Say at once that the server is down, and end what it leaves behind, which may hold on to its output."""
@@ -7016,9 +7027,10 @@ class Program:
         sdk = None
         if settings.has_sdk:
             self._log.event("INFO", "sdk", "starting", message="loading LiteLLM (3 to 10 s, the first time longer)")
-            self._runtime = SdkRuntime(self._log, Session(settings.cookie_file, self._log))
-            sdk = SdkBackend(config, self._runtime)
-            self._runtime.bridge.run(self._runtime.prove_cookies())
+            with self._log.progress("sdk", "loading LiteLLM"):
+                self._runtime = SdkRuntime(self._log, Session(settings.cookie_file, self._log))
+                sdk = SdkBackend(config, self._runtime)
+                self._runtime.bridge.run(self._runtime.prove_cookies())
         self._install(Sides(config, settings.primary_side(config), sdk, binary, server))
         gc.collect()
         gc.freeze()  # what is loaded now stays: a collector that looked through it again would stop us for 0.3 s
@@ -7412,7 +7424,6 @@ CHAT = "/v1/chat/completions"
 LOAD_PROMPT = "Answer with one word: hello."  # a real model is paid by the token
 LOAD_URL = re.compile(r"(?i)https?://[\x21-\x7e]+")
 LOOK_SECONDS = 0.1  # between two looks at a run: ten steps a second look like movement
-PROGRESS_SECONDS = 2.0  # between two lines that say how far something is
 
 # What breaks an exchange → its name in the table, by the nearest base class that is here.
 FAILURE_KINDS: Mapping[type[BaseException], str] = {

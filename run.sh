@@ -5,7 +5,7 @@
 #   ./run.sh test [ARGS]   run test_proxy.py; ARGS go to pytest
 #   ./run.sh clients       run Claude Code, Codex and opencode against the proxy; installs them from npm into .clients
 #   ./run.sh bench [WORDS] measure the proxy beside nginx, LiteLLM's server and the bare SDK; the README shows the table
-#   ./run.sh oldest        the session's tests on the oldest LiteLLM that the metadata allows, in .venv-oldest
+#   ./run.sh oldest        sdk mode's tests on the oldest LiteLLM that the metadata allows, in .venv-oldest
 #   ./run.sh newest        the same on the newest, in .venv-newest: its server often wants an older one, sdk mode does not
 #   ./run.sh lint          ruff and mypy --strict
 #
@@ -96,7 +96,7 @@ test | clients | bench)
 oldest | newest)
     need "the tests' tools" 'pytest>=8,<10' 'prometheus_client'
     cd "$here"
-    exec "$py" -m pytest test_proxy.py -k "session or challenge or cookie or connections_to_a_provider"
+    exec "$py" test_proxy.py sdk
     ;;
 lint)
     need "the linters" 'ruff==0.17.*' 'mypy==2.4.*' 'types-PyYAML' 'pytest>=8,<10'

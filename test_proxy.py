@@ -1685,6 +1685,15 @@ def test_a_key_of_several_lines_is_redacted_in_a_line_of_the_log(as_json: bool) 
     assert "no such file: [redacted]" in log._stream.getvalue() and "MIIE" not in log._stream.getvalue()
 
 
+def test_what_takes_long_says_so_until_it_is_over() -> None:
+    log = quiet_log()
+    said = lambda: re.findall(r'"message": "(.*?)"', log._stream.getvalue())  # noqa: E731
+    with log.progress("sdk", "loading LiteLLM"):
+        wait_until(lambda: len(said()) == 2)
+    time.sleep(proxy.PROGRESS_SECONDS + 0.5)
+    assert said() == ["loading LiteLLM (2 s)", "loading LiteLLM (4 s)"]
+
+
 def test_an_exception_that_nobody_can_catch_is_a_line_in_the_log() -> None:
     code = (
         "import sys, litellm_memory_proxy as proxy\n"
