@@ -252,10 +252,12 @@ OWN = "own"  # the backend, in log and metrics, of the endpoints that are our ow
 NONE = "-"  # stands there for a memory id or a model where there is none
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# One family of errors, each with its HTTP status, and the shapes they take in the two dialects. Nothing here knows
+# One family of errors, each with its HTTP status, and the shapes they take in the dialects. Nothing here knows
 # sockets or imports litellm: LiteLLM's exceptions are known by the names of their classes.
 
 OPENAI, RESPONSES, ANTHROPIC, OLLAMA = "openai", "responses", "anthropic", "ollama"
+DIALECTS = {"messages": ANTHROPIC, "responses": RESPONSES}  # the first part of a path → its dialect, if not OpenAI's
+SHARED_PATHS = ("models", "files", "skills")  # OpenAI and Anthropic have them both
 
 # Status → error type (https://docs.anthropic.com/en/api/errors; OpenAI's types, as its API sends them).
 ANTHROPIC_TYPES = {
@@ -360,18 +362,16 @@ class StartError(Exception):
 
 
 def dialect_of(path: str, *, anthropic: bool = False) -> str:
-    """The dialect in which errors on this path are answered: Anthropic's under ``/messages``, else mostly OpenAI's.
+    """The dialect in which errors on this path are answered.
 
     Args:
-        anthropic: the client speaks Anthropic's, also where both have the path.
+        anthropic: the client speaks Anthropic's where both vendors have the path.
     """
-    found = re.match(r"(?:/openai)?(?:/v1)?/(messages|responses|models|files|skills)(?:/|$)", path)
+    found = re.match(r"(?:/openai)?(?:/v1)?/([a-z]+)(?:/|$)", path)
     name = found[1] if found else ""
-    if name == "messages" or (anthropic and name in ("models", "files", "skills")):
-        return ANTHROPIC
-    if name == "responses":
-        return RESPONSES
-    return OLLAMA if path.startswith("/api/") else OPENAI
+    if name == "api":
+        return OLLAMA
+    return ANTHROPIC if anthropic and name in SHARED_PATHS else DIALECTS.get(name, OPENAI)
 
 
 def class_status(error: BaseException, table: Mapping[str, int]) -> int | None:
@@ -490,6 +490,7 @@ SECRET_KEY = re.compile(
 AUTH_SCHEME = re.compile(r"(?i)(bearer|basic) +")
 MIN_SECRET_LENGTH = 6  # shorter values ("x", "none") would be redacted out of ordinary words
 MAX_VALUES = 1_000_000  # of a config with its YAML aliases written out; ten lines of aliases can be 10 ** 10 values
+# Such as $NAME, ${NAME}, os.environ.NAME, os.env/NAME: it is none to LiteLLM.
 NEARLY_A_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|(?i:(?!os\.environ/)os\.env\w*[./\[(].*)")
 MAX_SHOWN = 60  # characters of a wrong value in a message
 IN_QUOTES = "a text with special characters is written in quotes"
@@ -1655,12 +1656,12 @@ class Log:
         """Say every `PROGRESS_SECONDS`, as long as this lasts, that time goes by."""
         began, over = time.monotonic(), threading.Event()
 
-        def tell() -> None:
+        def remind() -> None:
             while not over.wait(PROGRESS_SECONDS):
                 passed = int(time.monotonic() - began)
                 self.event("INFO", component, "starting", message=f"{message} ({passed} s)")
 
-        threading.Thread(target=tell, name="progress", daemon=True).start()
+        threading.Thread(target=remind, name="progress", daemon=True).start()
         try:
             yield
         finally:
@@ -3088,7 +3089,7 @@ class Exchange:
     def begin(self, host: str) -> None:
         """A request goes out: what an earlier attempt saw is forgotten."""
         self.sent, self.host, self.status = self.sent + 1, host, 0
-        self.alive = self.connected = self.challenged = False
+        self.alive = self.connected = self.challenged = self.lost = False
         self.headers, self.heard, self.error_data, self.body, self.fault = NO_HEADERS, b"", b"", b"", None
 
     def answered(self, response: httpx.Response) -> None:
@@ -3546,9 +3547,6 @@ def import_litellm(log: Log) -> Any:
     litellm.suppress_debug_info = True
     litellm.disable_hf_tokenizer_download = True  # it would hold the loop, and with it every client, for half a minute
     litellm.telemetry = False
-    # LiteLLM looks there for its server's Router, in vain. Where the server is installed, this would hold the loop, and
-    # with it every client, for seconds, and take 80 MB.
-    sys.modules.setdefault("litellm.proxy.proxy_server", cast(Any, None))
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy", "asyncio", "httpx"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [LoggingHandler(log)], False
@@ -3594,6 +3592,7 @@ def unshared(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
 
 
+SERVER_MODULE = "litellm.proxy.proxy_server"
 SERVER_SETTINGS = ("guardrails", "custom_provider_map", "post_call_rules")  # code that LiteLLM's server loads
 
 # What LiteLLM's server alone does; who relies on it (a guardrail keeps secrets back) is told that the SDK does not.
@@ -3680,6 +3679,18 @@ class SdkRuntime:
         for name, value in litellm_attributes(self.litellm, config, self.log).items():
             self._defaults.setdefault(name, getattr(self.litellm, name, None))
             setattr(self.litellm, name, unshared(value))
+        self._keep_server_out()
+
+    def _keep_server_out(self) -> None:
+        """Have LiteLLM not load its server's module, where that is installed, unless a callback may need it.
+
+        It looks there for the server's Router, in vain. The first message for Mistral, say, would hold the loop, and
+        with it every client, for 4 s, and take 80 MB.
+        """
+        if not any(getattr(self.litellm, name) for name in CALLBACK_LISTS):
+            sys.modules.setdefault(SERVER_MODULE, cast(Any, None))
+        elif sys.modules.get(SERVER_MODULE, self) is None:
+            del sys.modules[SERVER_MODULE]
 
     def settings(self) -> dict[str, Any]:
         """All that a config and its Router have changed in LiteLLM, for `restore_settings`."""
