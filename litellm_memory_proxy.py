@@ -3768,6 +3768,15 @@ def parse_json_object(request: Request) -> dict[str, Any]:
     return document
 
 
+def response_params(request: Request) -> dict[str, Any]:
+    """The fields of a body for a response; ``conversation``, which LiteLLM leaves out, goes beside those it knows."""
+    params = parse_json_object(request)
+    extra = params.get("extra_body")
+    if params.get("conversation") and isinstance(extra, dict | None):
+        params["extra_body"] = {"conversation": params.pop("conversation"), **(extra or {})}
+    return params
+
+
 def decoded_body(request: Request) -> bytes:
     """The request body without its content codings (RFC 9110 §8.4)."""
     data = request.body.read()
@@ -4618,7 +4627,13 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
     },
     "/messages/count_tokens": {"POST": Endpoint("count_tokens", {"messages": list}, write=count_answer)},
     "/responses": {
-        "POST": Endpoint("aresponses", {"input": (str, list)}, response_frames, stand_in="previous_response_id")
+        "POST": Endpoint(
+            "aresponses",
+            {"input": (str, list)},
+            response_frames,
+            read=response_params,
+            stand_in="previous_response_id",
+        )
     },
     "/responses/": {  # and a response's id
         "GET": Endpoint("aget_responses", {"response_id": str}),
@@ -4928,8 +4943,6 @@ class SdkBackend:
         if params.get("stream") is True and endpoint.frames is None:
             raise ProxyError(400, f"{request.path} has no streams", param="stream")
         check_shape(params, endpoint.shape)
-        if endpoint.function == "aresponses" and params.get("conversation"):  # LiteLLM would leave it out
-            params["extra_body"] = {"conversation": params.pop("conversation"), **params.get("extra_body", {})}
         for name in (*params, *(params.get("extra_body") or ())):
             own = name in self._own_params or name.startswith(FORBIDDEN_PREFIXES)
             if own and name not in CLIENT_PARAMS:
