@@ -457,6 +457,7 @@ SETTINGS: Mapping[str, Rule] = {
     "router_settings.timeout": SECONDS,
     "router_settings.stream_timeout": SECONDS,
     "router_settings.num_retries": RETRIES,
+    "router_settings.model_group_alias": MAPPING,
     "general_settings.master_key": (
         lambda key: isinstance(key, str) and key != "",
         "a string (a number only in quotes)",
@@ -604,6 +605,11 @@ class Config:
     def experimental(self) -> dict[str, Any]:
         """``general_settings.experimental``, this program's own corner of LiteLLM's section."""
         return self.section("general_settings").get("experimental") or {}
+
+    @property
+    def aliases(self) -> dict[str, Any]:
+        """``router_settings.model_group_alias``: name → the model's, or ``{"model": …, "hidden": …}``."""
+        return self.section("router_settings").get("model_group_alias") or {}
 
     @property
     def breaker(self) -> tuple[int, float]:
@@ -3504,7 +3510,9 @@ LITELLM_INTERNALS = (
     ("litellm.llms.custom_httpx.async_client_cleanup", "close_litellm_async_clients", "closing connections at exit"),
     ("litellm.types.utils", "all_litellm_params", "telling LiteLLM's parameters from the model API's"),
     ("litellm", "Router.get_valid_args", "router_settings"),
-    ("litellm", "Router.discard", "reading the config again"),
+    ("litellm", "Router.registry or Router.get_deployment", "models and costs"),
+    ("litellm", "Router.select or Router.async_get_available_deployment", "count_tokens"),
+    ("litellm", "Router.retire or Router.discard", "reading the config again"),
     *(("litellm", name, "reading the config again") for name in CALLBACK_LISTS),
     ("litellm.utils", "callback_list", "reading the config again"),
 )
@@ -3532,11 +3540,9 @@ def import_litellm(log: Log) -> Any:
         import litellm
     except ImportError as error:
         raise StartError(f"sdk mode needs LiteLLM ({error}): pip install litellm") from None
-    for module, attribute, purpose in LITELLM_INTERNALS:
-        try:
-            attrgetter(attribute)(import_module(module))
-        except (ImportError, AttributeError):
-            raise litellm_lacks(f"{module}.{attribute}", purpose) from None
+    for module, attributes, purpose in LITELLM_INTERNALS:
+        if not any(has_attribute(module, attribute) for attribute in attributes.split(" or ")):
+            raise litellm_lacks(f"{module}.{attributes}", purpose)
     absent = [name for name in LITELLM_UNDECLARED if find_spec(name) is None]
     if absent:
         hint = f"LiteLLM needs more for /v1/messages, /v1/responses and tools: pip install {' '.join(absent)}"
@@ -3552,6 +3558,39 @@ def import_litellm(log: Log) -> Any:
         logger.handlers, logger.propagate = [LoggingHandler(log)], False
         logger.setLevel(log.level if log.level <= logging.DEBUG else logging.CRITICAL)
     return litellm
+
+
+def has_attribute(module: str, attribute: str) -> bool:
+    """Whether there is such a module, and in it what the dotted path leads to."""
+    try:
+        attrgetter(attribute)(import_module(module))
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+class RouterView(NamedTuple):
+    """What is asked of LiteLLM's Router beside calls.
+
+    Args:
+        names: of its models and aliases.
+        deployment: the one with this id.
+        select: the one for a call to this model, with these parameters.
+        retire: takes it out of LiteLLM's lists; calls that it is at work on go on.
+    """
+
+    names: Callable[[], Iterable[str]]
+    deployment: Callable[[str], Any]
+    select: Callable[[str, dict[str, Any]], Awaitable[Any]]
+    retire: Callable[[], None]
+
+
+def view_of(router: Any) -> RouterView:
+    """By the entry points of LiteLLM 1.110, else by the members that these replace, and that are to be dropped."""
+    if hasattr(router, "registry"):
+        return RouterView(router.registry().names, router.registry().deployment, router.select, router.retire)
+    pick = router.async_get_available_deployment
+    return RouterView(router.get_model_names, router.get_deployment, pick, router.discard)
 
 
 def litellm_lacks(what: str, purpose: str) -> StartError:
@@ -4789,7 +4828,7 @@ class SdkBackend:
             arguments.setdefault("timeout", self._config.request_seconds)  # LiteLLM's own default is 6,000 s
         usual = {"cache_responses": self._litellm.cache is not None, "ignore_invalid_deployments": True}
         made = router(**{**usual, **arguments, "model_list": self._deployments()})
-        taken = set(made.get_model_names())
+        taken = set(view_of(made).names())
         for name in self._config.model_names:
             if name not in taken and name not in self.missing_keys:
                 message = f"LiteLLM cannot use the model {name!r}; --log-level debug shows why"
@@ -4917,7 +4956,7 @@ class SdkBackend:
 
     def _price(self, model: str, model_id: str | None, usage: Mapping[str, Any]) -> float | None:
         """LiteLLM's price of a call to this deployment; raises what LiteLLM does where it has none for the model."""
-        deployment = self.router.get_deployment(model_id or "")
+        deployment = view_of(self.router).deployment(model_id or "")
         params = {} if deployment is None else deployment.litellm_params.model_dump(exclude_none=True)
         info = {} if deployment is None else deployment.model_info.model_dump(exclude_none=True)
         name = filled_in(deployment.model_name, params["model"], model) if deployment else model
@@ -5067,7 +5106,7 @@ class SdkBackend:
 
     def _covering_name(self, model: str) -> str:
         """The name of the config under which a model is served: its own, its alias's, or the longest wildcard."""
-        names, alias = self._config.model_names, self.router.model_group_alias.get(model, model)
+        names, alias = self._config.model_names, self._config.aliases.get(model, model)
         model = alias["model"] if isinstance(alias, dict) else alias
         covering = (name for name in names if "*" in name and fnmatch.fnmatchcase(model, name))
         return model if model in names else max(covering, key=len, default="")
@@ -5101,7 +5140,7 @@ class SdkBackend:
 
     async def count_tokens(self, **params: Any) -> Any:
         """How many input tokens Anthropic's ``count_tokens`` body has: the provider's own count where it has one."""
-        deployment = await self.router.async_get_available_deployment(params["model"], request_kwargs={})
+        deployment = await view_of(self.router).select(params["model"], {})
         configured = deployment["litellm_params"]
         model = configured["model"]
         provider = configured.get("custom_llm_provider")
@@ -5122,7 +5161,7 @@ class SdkBackend:
 
         A wildcard such as ``anthropic/*`` stands for the models that LiteLLM knows there.
         """
-        aliases = self.router.model_group_alias.items()
+        aliases = self._config.aliases.items()
         shown = [name for name, alias in aliases if not (isinstance(alias, dict) and alias.get("hidden"))]
         for name in dict.fromkeys([*self._config.model_names, *shown]):
             provider, _, rest = name.partition("/")
@@ -5141,7 +5180,7 @@ class SdkBackend:
 
     def close(self) -> None:
         """Take the Router out of LiteLLM's lists; calls that it is at work on end as they began."""
-        self.router.discard()
+        view_of(self.router).retire()
 
 
 # ── binary backend ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -8242,8 +8281,7 @@ def real_features(names: Sequence[str], mocked: Collection[str]) -> Iterator[Fea
 
 def refuse_unknown(models: Sequence[str], config: Config) -> None:
     """Raises StartError for a model that neither a name of the config nor one of its wildcards or aliases covers."""
-    aliases = config.section("router_settings").get("model_group_alias")
-    known = [*config.model_names, *(aliases if isinstance(aliases, dict) else ())]
+    known = [*config.model_names, *config.aliases]
     for model in models:
         if not any(model == name or fnmatch.fnmatchcase(model, str(name)) for name in known):
             raise StartError(f"--model {model}: is not in the config (known: {', '.join(map(str, known))})")

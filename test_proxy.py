@@ -41,6 +41,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import weakref
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -816,6 +817,21 @@ def test_every_litellm_exception_keeps_its_status() -> None:
                 assert status == differs.get(name, made.status_code), name
                 seen.add(name)
     assert seen >= {"AuthenticationError", "RateLimitError", "BadRequestError", "ContextWindowExceededError", "Timeout"}
+
+
+def test_nothing_is_asked_of_litellms_router_that_is_to_be_dropped() -> None:
+    import litellm
+
+    called = {"model": "openai/gpt-one", "api_key": "k"}
+    one = {"model_name": "one", "litellm_params": called, "model_info": {"id": "1"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        view = proxy.view_of(litellm.Router([one]))
+        assert list(view.names()) == ["one"]
+        assert view.deployment("1").litellm_params.model == called["model"]
+        assert view.deployment("2") is None
+        assert asyncio.run(view.select("one", {}))["litellm_params"]["model"] == called["model"]
+        view.retire()
 
 
 @pytest.mark.parametrize(
@@ -8532,13 +8548,13 @@ def test_run_sh_installs_the_server_only_for_what_needs_it(tmp_path: Path, argum
 class WithoutServer:
     """Of the tests, those that show whether another version of LiteLLM's SDK will do, and need none of its server."""
 
-    SESSION = re.compile("session|challenge|cookie|connections_to_a_provider")
+    NAMES = re.compile("session|challenge|cookie|connections_to_a_provider|litellms_router")
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         kept, left = [], []
         for item in items:
             fixtures = set(getattr(item, "fixturenames", ()))
-            suits = self.SESSION.search(item.name) or ("sdk" in fixtures and "binary" not in fixtures)
+            suits = self.NAMES.search(item.name) or ("sdk" in fixtures and "binary" not in fixtures)
             (kept if suits else left).append(item)
         config.hook.pytest_deselected(items=left)
         items[:] = kept
