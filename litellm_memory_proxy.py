@@ -685,8 +685,7 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
     environment = {**dotenv_values(path), **given}
     environment.update(environment_variables(document.get("environment_variables"), environment, problems))
     missing: list[tuple[str, str]] = []
-    resolved = resolve(document, "", environment, missing)
-    problems.extend(variable_warnings(document, environment))
+    resolved = resolve(document, "", environment, missing, problems)
     missing.extend(missing_of_credentials(resolved, missing, problems))
     models, missing_keys = check_models(resolved, missing, problems)
     mappings = check_mappings(resolved.get("user_id_mappings"), problems)
@@ -729,34 +728,11 @@ def unset_variables(missing: list[tuple[str, str]]) -> tuple[list[Problem], list
     return apart
 
 
-def variable_warnings(document: Any, environment: Mapping[str, str]) -> Iterator[Problem]:
-    """A warning for each text that is nearly ``os.environ/NAME``, and for a variable with a stray line end or space."""
-    for where, text in texts_in(document, ""):
-        name = text.removeprefix("os.environ/")
-        value = environment.get(name, "") if name != text else ""
-        if NEARLY_A_VARIABLE.fullmatch(text):
-            yield Problem(where, "is taken as it stands: a variable is written os.environ/NAME", warning=True)
-        elif value != value.strip():
-            yield Problem(where, f"{name} begins or ends with white space", warning=True)
-
-
-def texts_in(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Key path and text of each string, at any depth."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from texts_in(item, f"{where}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from texts_in(item, f"{where}[{index}]")
-    elif isinstance(value, str):
-        yield where, value
-
-
 def environment_variables(section: Any, environment: Mapping[str, str], problems: list[Problem]) -> dict[str, str]:
     """``environment_variables``, which win over the environment, as in LiteLLM's server."""
     found: dict[str, str] = {}
     for name, value in section.items() if isinstance(section, dict) else ():  # `check_sections` says what is wrong
-        resolved = resolve(value, "environment_variables", environment, [])
+        resolved = resolve(value, "environment_variables", environment, [], [])
         if "\0" in f"{name}{resolved}" or "=" in str(name) or not name:
             problems.append(Problem(f"environment_variables.{name}", "cannot be set in an environment"))
         elif resolved is not None:
@@ -1002,22 +978,33 @@ def files_of(path: str) -> list[str]:
     return files
 
 
-def resolve(value: Any, where: str, environment: Mapping[str, str], missing: list[tuple[str, str]]) -> Any:
+def resolve(
+    value: Any, where: str, environment: Mapping[str, str], missing: list[tuple[str, str]], problems: list[Problem]
+) -> Any:
     """A copy of the value with every ``os.environ/NAME`` replaced, at any depth.
 
     Names that are not set become None and are added to ``missing`` as (key path, NAME), a name that is not there as "".
+    A text that is nearly such a name, and a variable with a stray line end or space, are added to the problems.
     """
+    more = (environment, missing, problems)
     if isinstance(value, dict):
-        return {key: resolve(item, f"{where}.{key}".lstrip("."), environment, missing) for key, item in value.items()}
+        return {key: resolve(item, f"{where}.{key}".lstrip("."), *more) for key, item in value.items()}
     if isinstance(value, list):
-        return [resolve(item, f"{where}[{index}]", environment, missing) for index, item in enumerate(value)]
-    if isinstance(value, str) and value.startswith("os.environ/"):
-        name = value.removeprefix("os.environ/")
-        if not environment.get(name):
-            missing.append((where, name))
-            return None
-        return environment[name]
-    return value
+        return [resolve(item, f"{where}[{index}]", *more) for index, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    if NEARLY_A_VARIABLE.fullmatch(value):
+        problems.append(Problem(where, "is taken as it stands: a variable is written os.environ/NAME", warning=True))
+    if not value.startswith("os.environ/"):
+        return value
+    name = value.removeprefix("os.environ/")
+    found = environment.get(name)
+    if not found:
+        missing.append((where, name))
+        return None
+    if found != found.strip():
+        problems.append(Problem(where, f"{name} begins or ends with white space", warning=True))
+    return found
 
 
 def missing_of_credentials(
