@@ -152,7 +152,7 @@ from queue import SimpleQueue
 from traceback import walk_tb
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from weakref import WeakSet
 
 import yaml
@@ -2260,6 +2260,7 @@ class CircuitBreaker:
 # parser would guess at is refused here, since a second parser behind us might guess otherwise (request smuggling).
 
 REQUEST_LINE = re.compile(rf"({FIELD_NAME.pattern}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+BASE_URL = re.compile(r"(?i)https?://[\x21-\x7e]+")
 ABSOLUTE_TARGET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(/[^?#]*)?(\?[^#]*)?")
 FIELD_LINES = re.compile(rf"(?:\r\n{FIELD_NAME.pattern}:[\t\x20-\x7e\x80-\xff]*)*")  # each behind its line break
 FIELD = re.compile(r"\r\n([^:]+):([^\r]*)")  # of lines that `FIELD_LINES` has accepted
@@ -2745,6 +2746,24 @@ def field_lines(fields: Iterable[tuple[str, str]]) -> str:
 def head_bytes(first_line: str, lines: str) -> bytes:
     """A message head from its first line and those of its fields; what is not Latin-1 becomes a question mark."""
     return f"{first_line}{lines}\r\n\r\n".encode("latin-1", "replace")
+
+
+def server_url(url: str, option: str, keys: str) -> tuple[SplitResult, int]:
+    """The parts of the base URL that an option names, and its port; ``keys``: where the server's keys come from.
+
+    Raises:
+        StartError: the URL cannot be used; it is not shown where it may hold a secret.
+    """
+    if "@" in url:
+        raise StartError(f"{option} takes no credentials: {keys}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = urlsplit(""), None
+    if not (BASE_URL.fullmatch(url) and parts.hostname) or parts.query or parts.fragment:
+        raise StartError(f"{option} must be http://HOST:PORT or https://…, not {url!r}")
+    return parts, (443 if parts.scheme == "https" else 80) if port is None else port
 
 
 def sse_event(data: str, event: str | None = None) -> bytes:
@@ -5179,18 +5198,10 @@ HEADER_PARAMS = ("extra_headers", "provider_specific_header")
 
 
 class Upstream:
-    """Where the LiteLLM server is: parses its URL and opens connections to it."""
+    """Where the LiteLLM server is: opens connections to it."""
 
     def __init__(self, url: str) -> None:
-        if "@" in url:  # it is not shown
-            raise StartError("--litellm-url takes no credentials: each client shows LiteLLM's server its own key")
-        try:
-            parts = urlsplit(url)
-            self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        except ValueError:
-            parts = urlsplit("")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-            raise StartError(f"--litellm-url must be http://HOST:PORT or https://…, not {url!r}")
+        parts, self.port = server_url(url, "--litellm-url", "each client shows LiteLLM's server its own key")
         self.host, self.prefix, self.authority = parts.hostname, parts.path.rstrip("/"), parts.netloc
         self.fault: str | None = None  # why it cannot be reached, until it can be again
         self._closed, self._looking = threading.Event(), threading.Lock()
@@ -7472,7 +7483,6 @@ def with_use_sdk(text: str, value: bool) -> str:
 
 CHAT = "/v1/chat/completions"
 LOAD_PROMPT = "Answer with one word: hello."  # a real model is paid by the token
-LOAD_URL = re.compile(r"(?i)https?://[\x21-\x7e]+")
 LOOK_SECONDS = 0.1  # between two looks at a run: ten steps a second look like movement
 
 # What breaks an exchange → its name in the table, by the nearest base class that is here.
@@ -7514,23 +7524,13 @@ def load_target(url: str, key: str | None, model: str, *, streamed: bool) -> Tar
     Raises:
         StartError: the URL or the key cannot be used; neither is shown where it may hold a secret.
     """
-    if "@" in url:
-        raise StartError("--url takes no credentials: the key comes from LITELLM_MASTER_KEY or the config")
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        parts, port = urlsplit(""), None
-    if not (LOAD_URL.fullmatch(url) and parts.hostname) or parts.query or parts.fragment:
-        raise StartError(f"--url must be http://HOST:PORT or https://…, not {url!r}")
+    parts, port = server_url(url, "--url", "the key comes from LITELLM_MASTER_KEY or the config")
     if key and not key.isprintable():
         raise StartError("the master key has characters that no header can carry")
     prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     client: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
     if parts.scheme == "https":
         client = partial(http.client.HTTPSConnection, context=ssl.create_default_context())
-    if port is None:
-        port = 443 if parts.scheme == "https" else 80
     headers: dict[str, str | bytes] = {"Content-Type": "application/json", "User-Agent": "litellm_memory_proxy/load"}
     if key:
         headers["Authorization"] = b"Bearer " + key.encode()
