@@ -450,6 +450,7 @@ SECONDS: Rule = (lambda n: type(n) in (int, float) and 0 < n < 1e9, "a number of
 RETRIES: Rule = (lambda n: type(n) is int and n >= 0, "a whole number")
 COUNT: Rule = (lambda n: type(n) is int and n > 0, "a whole number from 1")
 PORT: Rule = (lambda n: type(n) is int and 0 <= n < 65536, "a port")
+WAIT: Rule = (lambda value: not value or is_wait(value), SECONDS[1])  # LiteLLM takes it as a text too, and 0 for none
 MAPPING: Rule = (lambda value: isinstance(value, dict), "a mapping")
 SETTINGS: Mapping[str, Rule] = {
     "litellm_settings.request_timeout": SECONDS,
@@ -470,6 +471,7 @@ SETTINGS: Mapping[str, Rule] = {
     "general_settings.experimental.sdk_proxy_port": PORT,
     "general_settings.experimental.binary_proxy_port": PORT,
 }
+MODEL_SETTINGS: Mapping[str, Rule] = {"litellm_params.timeout": WAIT, "litellm_params.stream_timeout": WAIT}
 # What HTTP itself needs, and the id that stands in our answer and in the log.
 TAKEN_HEADERS = frozenset(
     "connection content-length content-type host te trailer transfer-encoding upgrade x-request-id".split()
@@ -628,11 +630,11 @@ class Config:
         """How long LiteLLM's server may say nothing: all attempts at the most patient model, whole or streamed."""
         router, general = self.section("router_settings"), self.section("litellm_settings")
         models = [entry["litellm_params"] for _, entry in sound_models(self.document)]
-        waits = [params.get(name) for params in (router, *models) for name in ("timeout", "stream_timeout")]
+        waits = [float(params.get(name) or 0) for params in (router, *models) for name in ("timeout", "stream_timeout")]
         given = (params.get("num_retries") for params in (router, general))
         usual = next((retries for retries in given if retries is not None), LITELLM_RETRIES)
         attempts: int = 1 + max([usual, *filter(RETRIES[0], (params.get("num_retries") for params in models))])
-        return float(max([self.request_seconds, *filter(SECONDS[0], waits)])) * attempts
+        return max([self.request_seconds, *waits]) * attempts
 
 
 @dataclass(frozen=True)
@@ -1252,11 +1254,26 @@ def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None
             problems.append(Problem(name, "must be a mapping"))
     problems.extend(misspelt_sections(document))
     problems.extend(unknown_settings(document))
-    for where, (fits, rule) in SETTINGS.items():
+    problems.extend(broken_rules(document, SETTINGS))
+    for where, model in items_at(document, "model_list"):
+        problems.extend(broken_rules(model, MODEL_SETTINGS, f"{where}."))
+
+
+def broken_rules(document: Any, settings: Mapping[str, Rule], above: str = "") -> Iterator[Problem]:
+    """A problem for each of these settings that is there and is not what it must be."""
+    for where, (fits, rule) in settings.items():
         value = value_at(document, where)
         if value is not None and not fits(value):
             told = "" if SECRET_KEY.search(where) else f", not {shown(value)}"
-            problems.append(Problem(where, f"must be {rule}{told}"))
+            yield Problem(f"{above}{where}", f"must be {rule}{told}")
+
+
+def is_wait(value: Any) -> bool:
+    """Whether `float`, which LiteLLM calls, makes a number of seconds of this."""
+    try:
+        return 0 <= float(value) < math.inf
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def header_warnings(document: Mapping[str, Any], inject_header: str) -> Iterator[Problem]:

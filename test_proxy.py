@@ -961,6 +961,23 @@ general_settings:
     assert said == {"num_retries", "failure_threshold", "sdk_proxy_port", "binary_proxy_port", *timeouts}
 
 
+@pytest.mark.parametrize("key", ["timeout", "stream_timeout"])
+@pytest.mark.parametrize("value", ["10s", "{a: 1}", "[1]", "-1", ".inf", ".nan", "9" * 400, "os.environ/MINUTE"])
+def test_a_models_time_limit_that_litellm_cannot_use_is_an_error(tmp_path: Path, key: str, value: str) -> None:
+    text = f"model_list: [{{model_name: a, litellm_params: {{model: openai/a, {key}: {value}}}}}]"
+    with pytest.raises(proxy.ConfigError) as caught:
+        proxy.load_config(write_config(tmp_path, text), {"MINUTE": "1m"})
+    (problem,) = caught.value.problems
+    assert problem.where == f"model_list[0].litellm_params.{key}"
+    assert problem.message.startswith("must be a number of seconds, not ")
+
+
+@pytest.mark.parametrize("value", ["10", "0.5", "'10'", "0", "null", "''", "os.environ/MINUTE"])
+def test_a_models_time_limit_may_be_a_text_as_litellm_takes_it(tmp_path: Path, value: str) -> None:
+    text = f"model_list: [{{model_name: a, litellm_params: {{model: openai/a, timeout: {value}}}}}]"
+    assert proxy.load_config(write_config(tmp_path, text), {"MINUTE": "60"}).model_names == ("a",)
+
+
 @pytest.mark.parametrize("given", ["null", "{}", "{failure_threshold: , reset_seconds: null}"])
 def test_settings_of_the_circuit_breaker_that_are_null_have_their_defaults(tmp_path: Path, given: str) -> None:
     text = f"""
@@ -1016,6 +1033,7 @@ PATIENCE: list[tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], float
     ([{}], {"num_retries": None}, {"request_timeout": 10, "num_retries": 5}, 6 * 10),
     ([{}, {"timeout": 3600}], {"num_retries": 0}, {}, 3600),
     ([{"stream_timeout": 700, "num_retries": 4}, {"timeout": "os.environ/UNSET"}], {}, {}, 5 * 700),
+    ([{"timeout": "3600"}], {"num_retries": 0}, {}, 3600),
 ]
 
 
