@@ -1240,11 +1240,15 @@ def misspelt_sections(document: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def unknown_settings(document: Mapping[str, Any]) -> Iterator[Problem]:
-    """A warning for each key of this program's corner of LiteLLM's sections that it does not know."""
+    """A warning for each key that this program's corner of LiteLLM's sections does not know, or that belongs in it."""
     corner = "general_settings.experimental"
+    names = [name.rpartition(".") for name in SETTINGS]
     for where in (corner, f"{corner}.circuit_breaker"):
-        known = [key for path, _, key in (name.rpartition(".") for name in SETTINGS) if path == where]
+        known = [key for path, _, key in names if path == where]
         yield from unknown_keys(value_at(document, where), known, where, warning=True)
+    for beside in (f"general_settings.{key}" for path, _, key in names if path == corner):
+        if value_at(document, beside) is not None:
+            yield Problem(beside, f"is not read here, but in {corner}", warning=True)
 
 
 def check_sections(document: Mapping[str, Any], problems: list[Problem]) -> None:

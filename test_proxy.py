@@ -1115,6 +1115,20 @@ general_settings:
     }
 
 
+def test_a_key_of_its_own_corner_that_stands_beside_it_is_a_warning(tmp_path: Path) -> None:
+    text = """\
+model_list: [{model_name: a, litellm_params: {model: openai/a}}]
+general_settings:
+  use_sdk_proxy: false
+  circuit_breaker: {reset_seconds: 5}
+  experimental: {sdk_proxy_port: 1}
+"""
+    said = {(p.line, p.where): p.message for p in proxy.load_config(write_config(tmp_path, text)).warnings}
+    for place in ((3, "general_settings.use_sdk_proxy"), (4, "general_settings.circuit_breaker")):
+        assert said[place] == "is not read here, but in general_settings.experimental"
+    assert sum("is not read" in message for message in said.values()) == 2
+
+
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
