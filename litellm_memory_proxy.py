@@ -144,6 +144,7 @@ from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from importlib import import_module
 from importlib.util import find_spec
+from io import StringIO
 from itertools import accumulate, chain, groupby
 from logging.handlers import RotatingFileHandler
 from operator import attrgetter
@@ -684,7 +685,7 @@ def parse_config(path: str, given: Mapping[str, str]) -> Reading:
     problems: list[Problem] = []
     root = read_nodes(path, problems)
     document = values_of(root)
-    environment = {**dotenv_values(path), **given}
+    environment = {**dotenv_values(path, problems), **given}
     environment.update(environment_variables(document.get("environment_variables"), environment, problems))
     missing: list[tuple[str, str]] = []
     resolved = resolve(document, "", environment, missing, problems)
@@ -750,17 +751,25 @@ def dotenv_path(config_path: str) -> Path:
     return next((path for path in (folder / ".env" for folder in folders) if path.is_file()), folders[0] / ".env")
 
 
-def dotenv_values(config_path: str) -> dict[str, str]:
-    """What ``.env`` says; python-dotenv comes with LiteLLM."""
+def dotenv_values(config_path: str, problems: list[Problem]) -> dict[str, str]:
+    """What ``.env`` says, but for the lines that say nothing; python-dotenv comes with LiteLLM."""
     try:
         import dotenv
+        from dotenv.parser import parse_stream
     except ImportError:
         return {}
     path = dotenv_path(config_path)
     try:
-        values = dotenv.dotenv_values(path)
+        with path.open(encoding="utf-8") as file:
+            parts = list(parse_stream(file))
+    except (FileNotFoundError, IsADirectoryError):  # the latter: a virtual environment
+        return {}
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise ConfigError([Problem("", f"cannot be read: {error}", file=str(path))]) from None
+    for text, line in (part.original for part in parts if part.error):  # python-dotenv would not name the file
+        line += text[: -len(text.lstrip())].count("\n")
+        problems.append(Problem("", "is no NAME=VALUE, and is ignored", True, str(path), line))
+    values = dotenv.dotenv_values(stream=StringIO("".join(part.original.string for part in parts if not part.error)))
     return {name: value for name, value in values.items() if value is not None and "\0" not in name + value}
 
 

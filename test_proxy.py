@@ -1025,6 +1025,23 @@ def test_the_env_file_beside_the_config_counts(tmp_path: Path, monkeypatch: pyte
     assert proxy.load_config(config, {}).environment["WHERE"] == "elsewhere"
 
 
+def test_a_line_of_the_env_file_that_says_nothing_is_a_warning_with_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text('ONE=1\n\n\nhidden-1 is bad\nTWO="${ONE}2"\nTHREE="hidden-3\nFOUR=4')
+    config = write_config(tmp_path, {"model_list": [model("a", "openai/a", "http://h")]})
+    code, said = run_check(config)
+    assert code == 0 and "hidden" not in said
+    warned = [line for line in said.splitlines() if ".env:" in line]
+    assert warned == [f"warning: {tmp_path}/.env:{line}: is no NAME=VALUE, and is ignored" for line in (4, 6)]
+    environment = proxy.load_config(config, {}).environment
+    assert (environment["TWO"], environment["FOUR"], len(environment)) == ("12", "4", 3)
+
+
+def test_a_folder_that_is_named_like_the_env_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / ".env").mkdir()
+    config = write_config(tmp_path, {"model_list": [model("a", "openai/a", "http://h")]})
+    assert proxy.load_config(config, {}).environment == {}
+
+
 # What the models have, `router_settings` and `litellm_settings` → how long LiteLLM's server may be silent, in seconds.
 PATIENCE: list[tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], float]] = [
     ([{}], {}, {}, 3 * 600),
