@@ -3182,6 +3182,7 @@ class Session:
         import httpx
 
         self._file, self._log = cookie_file, log
+        self._writable = True  # the file, as far as we know: that it is not is said once
         self._jar = LWPCookieJar()
         self._cookies = httpx.Cookies(self._jar)
         self._watched = watched_body()
@@ -3344,10 +3345,13 @@ class Session:
             os.close(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
             self._jar.save(part, ignore_discard=True)
             Path(part).replace(self._file)
+            self._writable = True
         except OSError as error:
             with contextlib.suppress(OSError):  # a read-only disk refuses this too, though there is no such file
                 Path(part).unlink()
-            self._log.event("WARNING", "session", "cookie_file", message=f"{self._file} cannot be written: {error}")
+            if self._writable:
+                self._log.event("WARNING", "session", "cookie_file", message=f"{self._file} cannot be written: {error}")
+            self._writable = False
 
     def forget(self, name: str) -> None:
         """Drop every cookie of this name."""

@@ -3467,12 +3467,13 @@ def test_a_host_that_hands_out_ever_new_cookies_fills_no_memory(provider: Provid
     assert running.stop() == 0
 
 
-def test_a_cookie_file_that_cannot_be_written_is_a_warning(provider: Provider, tmp_path: Path) -> None:
+def test_a_cookie_file_that_cannot_be_written_is_one_warning(provider: Provider, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     running = Proxy(config_for(provider), "--mode", "sdk", "--cookie-file", str(tmp_path / "file" / "cookies"))
-    assert sdk_ok(running, "/v1/messages", "claude")  # the provider sets a cookie
+    assert sdk_ok(running, "/v1/messages", "claude")  # the provider sets a cookie, as the proof at the start did
     wait_until(lambda: "cookies cannot be written" in running.output)
     assert running.stop() == 0
+    assert running.output.count("cookies cannot be written") == 1
 
 
 def sdk_ok(running: Proxy, path: str, name: str) -> bool:
