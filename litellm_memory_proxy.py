@@ -3212,6 +3212,7 @@ class Session:
         import httpx
 
         look_for_cookies_where_some_are_set()
+        take_header_values_that_are_no_ascii()
         for transport in (litellm_transport, httpx.AsyncHTTPTransport, httpx.HTTPTransport):
             for name, wrap in (("handle_async_request", self._asynchronous), ("handle_request", self._synchronous)):
                 if name in vars(transport):
@@ -3384,6 +3385,22 @@ def look_for_cookies_where_some_are_set() -> None:
             extract(self, response)
 
     Cookies.extract_cookies = extract_cookies  # type: ignore[method-assign]
+
+
+def take_header_values_that_are_no_ascii() -> None:
+    """Have httpx's responses take them as text too: LiteLLM makes a response of aiohttp's, whose headers are text."""
+    from httpx import Response
+
+    begin = Response.__init__
+
+    def begin_with_bytes(self: httpx.Response, status_code: int, *, headers: Any = None, **rest: Any) -> None:
+        try:
+            begin(self, status_code, headers=headers, **rest)
+        except UnicodeEncodeError:
+            encoded = [(name, value.encode("utf-8", "surrogateescape")) for name, value in headers.items()]
+            begin(self, status_code, headers=encoded, **rest)
+
+    Response.__init__ = begin_with_bytes  # type: ignore[method-assign]
 
 
 def watched_body() -> Callable[[Any, Exchange], Any]:

@@ -3237,6 +3237,22 @@ def test_a_header_that_is_no_ascii_does_not_fail_the_call(sdk: Proxy, provider: 
     assert sdk.chat(headers={"x-name": "café".encode()}).status_code == 200
 
 
+@pytest.mark.parametrize("status", [200, 429])
+def test_a_header_of_the_provider_that_is_no_ascii_does_not_fail_the_call(
+    sdk: Proxy, provider: Provider, status: int
+) -> None:
+    def script(got: Got) -> Reply:
+        usual = usual_answer(got)
+        said = {"x-supermemory-note": "café".encode().decode("latin-1"), "x-odd": "\xe9"}
+        return replace(usual, status=status, headers={**usual.headers, **said})
+
+    provider.script = script
+    for stream in (False, True):
+        answer = sdk.chat(stream=stream)
+        assert (answer.status_code, answer.headers["x-supermemory-conversation-id"]) == (status, "conv-1")
+        assert "x-supermemory-note" in answer.headers and "x-odd" in answer.headers
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
