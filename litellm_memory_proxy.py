@@ -5780,13 +5780,14 @@ def pump(left: socket.socket, right: socket.socket) -> None:
     """Copy bytes both ways until either side closes; neither direction waits for the other."""
     other = {left: right, right: left}
     waiting = {left: b"", right: b""}  # what the socket has not taken yet
-    poll = select.poll()
     for sock in other:
         sock.setblocking(False)
     while True:
+        poll = select.poll()
         for sock, sink in other.items():
             wants = (0 if waiting[sink] else select.POLLIN) | (select.POLLOUT if waiting[sock] else 0)
-            poll.register(sock, wants)
+            if wants:  # else a reset, which a poll always tells, would wake us for ever
+                poll.register(sock, wants)
         buffered = any(
             isinstance(sock, ssl.SSLSocket) and sock.pending() and not waiting[other[sock]] for sock in other
         )

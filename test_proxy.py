@@ -4576,6 +4576,31 @@ def test_a_websocket_under_load_in_both_directions_does_not_lock_up() -> None:
         sender.join(5)
 
 
+def test_a_websocket_whose_client_resets_while_the_server_is_busy_costs_nothing() -> None:
+    (client, left), (right, server) = tcp_pair(), tcp_pair()
+    client.setblocking(False)
+    tunnel = threading.Thread(target=proxy.pump, args=(left, right), daemon=True)
+    tunnel.start()
+    for _ in range(5):  # until nobody takes more
+        with contextlib.suppress(BlockingIOError):
+            while client.send(b"x" * 65536):
+                pass
+        time.sleep(0.1)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    spent = time.process_time()
+    time.sleep(1)
+    assert time.process_time() - spent < 0.5
+    server.setblocking(False)
+
+    def over() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            server.recv(65536)
+        return not tunnel.is_alive()
+
+    wait_until(over)
+
+
 def test_a_websocket_flows_both_ways_after_its_101() -> None:
     def script(sock: socket.socket, _number: int) -> None:
         head = read_head(sock).lower()
