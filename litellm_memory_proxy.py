@@ -673,18 +673,10 @@ def read_config(path: str, environment: Mapping[str, str] | None = None) -> Read
     Raises:
         ConfigError: the file is missing, or is no YAML mapping.
     """
-    try:
-        return parse_config(path, os.environ if environment is None else environment)
-    except RecursionError:
-        message = "an alias refers to itself, or the nesting is too deep"
-        raise ConfigError([Problem("YAML", message, file=path)]) from None
-
-
-def parse_config(path: str, given: Mapping[str, str]) -> Reading:
-    """`read_config`, but for documents without an end."""
     problems: list[Problem] = []
     root = read_nodes(path, problems)
     document = values_of(root)
+    given = os.environ if environment is None else environment
     environment = {**dotenv_values(path, problems), **given}
     environment.update(environment_variables(document.get("environment_variables"), environment, problems))
     missing: list[tuple[str, str]] = []
@@ -877,7 +869,7 @@ def read_file(
                 included = [(str(Path(path).parent / str(name)), line) for name, line in zip(names, lines, strict=True)]
             elif names:
                 problems.append(Problem("include", "must be a list of files").at(key.start_mark))
-    except yaml.YAMLError as error:
+    except (yaml.MarkedYAMLError, RecursionError) as error:
         raise ConfigError([syntax_problem(path, error)]) from None
     root.value = [pair for pair in root.value if pair not in include]
     return root, included
@@ -903,10 +895,10 @@ def read_text(path: str) -> str:
     return text
 
 
-def syntax_problem(path: str, error: yaml.YAMLError) -> Problem:
+def syntax_problem(path: str, error: yaml.MarkedYAMLError | RecursionError) -> Problem:
     """A YAML error without the piece of the file that PyYAML quotes: there may be a key in it."""
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return Problem("YAML", " ".join(str(error).split()), file=path)
+    if isinstance(error, RecursionError):
+        return Problem("YAML", "an alias refers to itself, or the nesting is too deep", file=path)
     mark, began = error.problem_mark or error.context_mark, error.context_mark
     since = f" from line {began.line + 1}" if mark and began and began.line < mark.line else ""
     said = ", ".join(filter(None, (error.context and error.context + since, error.problem)))
@@ -920,9 +912,10 @@ def values_of(root: yaml.MappingNode) -> dict[str, Any]:
     file = str(root.start_mark.name)
     try:
         document: dict[str, Any] = Constructor().construct_document(root)
-    except yaml.YAMLError as error:
+        size = unfolded(document, {})  # no later walk is deeper than this one
+    except (yaml.MarkedYAMLError, RecursionError) as error:
         raise ConfigError([syntax_problem(file, error)]) from None
-    if unfolded(document, {}) > MAX_VALUES:
+    if size > MAX_VALUES:
         raise ConfigError([Problem("YAML", f"its aliases unfold to more than {MAX_VALUES} values", file=file)])
     return document
 
@@ -984,7 +977,7 @@ def files_of(path: str) -> list[str]:
     """A config and the files that it includes, and that these include; one that cannot be read includes none."""
     files = [path]
     for file in files:  # it grows as they are read
-        with contextlib.suppress(ConfigError, RecursionError):
+        with contextlib.suppress(ConfigError):
             files.extend(dict.fromkeys(name for name, _ in read_file(file, [])[1] if name not in files))
     return files
 
