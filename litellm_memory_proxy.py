@@ -452,6 +452,7 @@ RETRIES: Rule = (lambda n: type(n) is int and n >= 0, "a whole number")
 COUNT: Rule = (lambda n: type(n) is int and n > 0, "a whole number from 1")
 PORT: Rule = (lambda n: type(n) is int and 0 <= n < 65536, "a port")
 WAIT: Rule = (lambda value: not value or is_wait(value), SECONDS[1])  # LiteLLM takes it as a text too, and 0 for none
+KEY: Rule = (lambda key: isinstance(key, str) and key != "", "a string (a number only in quotes)")
 MAPPING: Rule = (lambda value: isinstance(value, dict), "a mapping")
 SETTINGS: Mapping[str, Rule] = {
     "litellm_settings.request_timeout": SECONDS,
@@ -460,10 +461,7 @@ SETTINGS: Mapping[str, Rule] = {
     "router_settings.stream_timeout": SECONDS,
     "router_settings.num_retries": RETRIES,
     "router_settings.model_group_alias": MAPPING,
-    "general_settings.master_key": (
-        lambda key: isinstance(key, str) and key != "",
-        "a string (a number only in quotes)",
-    ),
+    "general_settings.master_key": KEY,
     "general_settings.experimental": MAPPING,
     "general_settings.experimental.use_sdk_proxy": (lambda value: type(value) is bool, "true or false"),
     "general_settings.experimental.circuit_breaker": MAPPING,
@@ -1435,8 +1433,6 @@ def samples(regex: re.Pattern[str]) -> list[str]:
                 return [chr(code)]
             case "AT", _:
                 return [""]
-            case "FAILURE", _:
-                return []
             case ("SUBPATTERN", (*_, items)) | ("ATOMIC_GROUP", items):
                 return texts_of(items)
             case "BRANCH", (_, branches):
