@@ -41,6 +41,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import warnings
 import weakref
 import zlib
@@ -2098,6 +2099,16 @@ def test_a_reader_takes_heads_and_bodies_in_any_pieces() -> None:
 def test_a_broken_chunked_body_is_refused(data: bytes) -> None:
     with pytest.raises(proxy.ProxyError):
         list(reader_of(data).body(proxy.CHUNKED))
+
+
+def test_a_body_in_tiny_chunks_takes_no_more_memory_than_its_size() -> None:
+    reader = reader_of(*[proxy.chunk(b"xy") * 1000] * 200, proxy.LAST_CHUNK)
+    tracemalloc.start()
+    try:
+        body = proxy.ClientBody(reader, proxy.CHUNKED, MIB, None).read()
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body) and body == b"xy" * 200_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_headers_keep_order_case_and_duplicates() -> None:
