@@ -191,6 +191,7 @@ LINGER_SECONDS = 2.0  # how long a refused client may go on sending before its c
 MAX_REFUSED = 64  # connections at once that are one too many, and may do so
 DRAIN_SECONDS = 30.0  # how long requests in flight may take to end once the program was told to stop
 AGAIN_SECONDS = 0.5  # a Ctrl-C this long after the first ends them; one sooner is the same, handed on by a wrapper
+LAST_CALL_SECONDS = 0.25  # after an answer, at a stop, for the next request of a client that was not told of the stop
 TAKEN_SECONDS = 0.05  # within which a thread that has read a request gets to say so: longer than it waits for its turn
 CONTINUE_SECONDS = 1.0  # wait for the server's 100 (Continue) before the body is sent anyway (RFC 9110 §10.1.1)
 
@@ -5348,11 +5349,11 @@ class Pool:
             connection.sock.close()
 
 
-def readable(sock: socket.socket) -> bool:
-    """Whether there is something to read right now, the end of the input included."""
+def readable(sock: socket.socket, seconds: float = 0.0) -> bool:
+    """Whether there is something to read right now, or within so long, the end of the input included."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(seconds * 1000))
 
 
 # Linux tells a closed half from data that waits to be read; elsewhere (macOS) only the close of both halves is seen.
@@ -6843,7 +6844,7 @@ class Connections:
     def idle(self, sock: socket.socket) -> bool:
         """The connection waits for a request; False where it should close instead."""
         self._idle[sock] = None
-        return sock in self._open and (not self.draining or readable(sock))
+        return sock in self._open and (not self.draining or readable(sock, LAST_CALL_SECONDS))
 
     def busy(self, sock: socket.socket) -> bool:
         """Take a connection out of the idle ones, such as for its request; False where another thread has."""

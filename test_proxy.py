@@ -5600,6 +5600,19 @@ def test_a_stop_answers_clients_that_go_on_asking(provider: Provider) -> None:
         assert sum(clients) >= 8  # the others asked only once their connection had been closed as idle
 
 
+def test_a_request_that_follows_on_an_answer_at_a_stop_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "LAST_CALL_SECONDS", 30.0)
+    connections = proxy.Connections(1)
+    server_side, client = tcp_pair()
+    assert connections.admit(server_side)
+    connections.draining = True  # after the head of the answer, which promised to keep the connection
+    with ThreadPoolExecutor() as pool:
+        waits = pool.submit(connections.idle, server_side)
+        time.sleep(0.3)
+        client.sendall(b"GET /health HTTP/1.1\r\n")
+        assert waits.result()
+
+
 def test_a_connection_that_waits_to_be_accepted_at_a_stop_is_answered() -> None:
     application = proxy.Application(proxy.Metrics(quiet_log()), quiet_log(), proxy.Access())
     primary, in_flight = SimpleNamespace(name="sdk"), proxy.InFlight()
