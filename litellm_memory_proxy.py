@@ -1665,21 +1665,10 @@ class Log:
         self._events.append(LogEvent(when, level, component, event, fields, outcome))
         self.wake()
 
-    @contextlib.contextmanager
-    def progress(self, component: str, message: str) -> Iterator[None]:
+    def progress(self, component: str, message: str) -> contextlib.AbstractContextManager[None]:
         """Say every `PROGRESS_SECONDS`, as long as this lasts, that time goes by."""
-        began, over = time.monotonic(), threading.Event()
-
-        def remind() -> None:
-            while not over.wait(PROGRESS_SECONDS):
-                passed = int(time.monotonic() - began)
-                self.event("INFO", component, "starting", message=f"{message} ({passed} s)")
-
-        threading.Thread(target=remind, name="progress", daemon=True).start()
-        try:
-            yield
-        finally:
-            over.set()
+        said = partial(self.event, "INFO", component, "starting")
+        return meanwhile(PROGRESS_SECONDS, lambda passed: said(message=f"{message} ({passed} s)"))
 
     def wake(self) -> None:
         """There are events."""
@@ -1728,6 +1717,24 @@ class Log:
         if "\\" in text or self.redact(text) != text:
             lines = [form(event, self.redact) for event in events]
         return lines
+
+
+@contextlib.contextmanager
+def meanwhile(every: float, remind: Callable[[int], None]) -> Iterator[None]:
+    """Call this every so many seconds, as long as something lasts, from a thread; it gets the seconds that passed."""
+    began, over = time.monotonic(), threading.Event()
+
+    def wait() -> None:
+        while not over.wait(every):
+            remind(int(time.monotonic() - began))
+
+    reminder = threading.Thread(target=wait, name="progress", daemon=True)
+    reminder.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reminder.join()
 
 
 def event_as_json(event: LogEvent, redact: Redact) -> str:
@@ -7716,15 +7723,11 @@ class LoadRun:
         self._turns = iter(range(requests))
 
     def start(self, target: Target, threads: int) -> list[threading.Thread]:
-        """Begin, with so many requests at a time; raises StartError where the system has not that many threads."""
+        """Begin, with so many requests at a time; raises RuntimeError where the system has not that many threads."""
         number = min(self.requests, threads)
         workers = [threading.Thread(target=self._work, args=(target,), daemon=True) for _ in range(number)]
-        try:
-            for worker in workers:
-                worker.start()
-        except RuntimeError:
-            self.stopped = True
-            raise StartError("the system has no more threads: a lower --concurrency may do") from None
+        for worker in workers:
+            worker.start()
         return workers
 
     def counts(self) -> tuple[int, int]:
@@ -7745,18 +7748,9 @@ class LoadRun:
                 self.good.append(outcome)
 
 
-class Patience:
-    """Says on standard error that time goes by, not too often."""
-
-    def __init__(self) -> None:
-        self._began = self._said = time.monotonic()
-
-    def say(self, what: str) -> None:
-        """Print this, unless something was printed a moment ago."""
-        now = time.monotonic()
-        if now - self._said >= PROGRESS_SECONDS:
-            self._said = now
-            print(f"{what}: {now - self._began:.0f} s", file=sys.stderr, flush=True)
+def patience(what: Callable[[], str]) -> contextlib.AbstractContextManager[None]:
+    """Say on standard error every `PROGRESS_SECONDS`, as long as this lasts, how far it is and that time goes by."""
+    return meanwhile(PROGRESS_SECONDS, lambda passed: print(f"{what()}: {passed} s", file=sys.stderr, flush=True))
 
 
 def draw(bar: str) -> None:
@@ -7786,21 +7780,20 @@ def progress_bar(run: LoadRun, width: int) -> str:
 def run_load(target: Target, requests: int, threads: int) -> tuple[LoadRun, float]:
     """Make the requests, so many at a time; returns what came of them and the seconds it took.
 
-    Ctrl-C ends it early, with what there is by then. Raises StartError.
+    Ctrl-C ends it early, with what there is by then. Raises StartError where the system has not that many threads.
     """
-    run, terminal, patience = LoadRun(requests), sys.stderr.isatty(), Patience()
-    began = time.monotonic()
+    run, terminal, began = LoadRun(requests), sys.stderr.isatty(), time.monotonic()
+    bar = meanwhile(LOOK_SECONDS, lambda _: draw(progress_bar(run, terminal_width())))
     try:
-        for worker in run.start(target, threads):
-            worker.join(LOOK_SECONDS)
-            while worker.is_alive():
-                if terminal:
-                    draw(progress_bar(run, terminal_width()))
-                else:
-                    patience.say(progress_text(run))
-                worker.join(LOOK_SECONDS)
+        workers = run.start(target, threads)
+        with bar if terminal else patience(partial(progress_text, run)):
+            for worker in workers:
+                worker.join()
     except KeyboardInterrupt:
         run.stopped = True
+    except RuntimeError:
+        run.stopped = True
+        raise StartError("the system has no more threads: a lower --concurrency may do") from None
     seconds = time.monotonic() - began
     if terminal:
         draw(f"{'':{terminal_width()}}\r")
@@ -8119,10 +8112,9 @@ def both_modes(document: Mapping[str, Any], environment: Mapping[str, str]) -> I
         for mode in ("binary", "sdk"):
             modes[mode] = ModeProcess(mode, config, {**environment, **direct})
             running.callback(modes[mode].stop)
-        patience = Patience()
-        while [mode for mode in modes.values() if not mode.url()]:
-            patience.say("waiting for both modes (LiteLLM's server takes 8 to 30 s)")
-            time.sleep(LOOK_SECONDS)
+        with patience(lambda: "waiting for both modes (LiteLLM's server takes 8 to 30 s)"):
+            while [mode for mode in modes.values() if not mode.url()]:
+                time.sleep(LOOK_SECONDS)
         yield {name: process.url() for name, process in modes.items()}
         for process in modes.values():  # both at once, instead of one after the other
             process.process.terminate()
@@ -8331,14 +8323,13 @@ def compare_modes(config: Config, models: Sequence[str]) -> list[tuple[str, ...]
     environment = {**config.environment, "LITELLM_MASTER_KEY": key}
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "x-request-id": "parity"}
     mocked = {one["model_name"] for one in config.document["model_list"] if one["litellm_params"].get("mock_response")}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     received: list[Received] = []
     with loopback_server(InsideHandler, received) as url:
         features = list(real_features(models, mocked)) if models else FEATURES
-        with both_modes(config.written if models else inside_config(config.written, url), environment) as urls:
-            patience = Patience()
-            for number, feature in enumerate(features):
-                patience.say(f"{number} of {len(features)} features")
+        both = both_modes(config.written if models else inside_config(config.written, url), environment)
+        with both as urls, patience(lambda: f"{len(rows)} of {len(features)} features"):
+            for feature in features:
                 answers = {}
                 for mode, base in urls.items():
                     received.clear()
@@ -8705,15 +8696,15 @@ def tell(pid: int, number: int) -> None:
 
 def await_load(path: str, loads: int) -> dict[str, Any]:
     """The status of the running proxy after one more reading of its config; raises StartError where there is none."""
-    patience, deadline = Patience(), time.monotonic() + CHILD_READY_SECONDS + CHILD_STOP_SECONDS
-    while time.monotonic() < deadline:
-        found = running_proxy(path)
-        if found is None:
-            raise StartError("the proxy has stopped")
-        if found[1]["loads"] > loads:
-            return found[1]
-        patience.say("waiting for the proxy")
-        time.sleep(0.02)
+    deadline = time.monotonic() + CHILD_READY_SECONDS + CHILD_STOP_SECONDS
+    with patience(lambda: "waiting for the proxy"):
+        while time.monotonic() < deadline:
+            found = running_proxy(path)
+            if found is None:
+                raise StartError("the proxy has stopped")
+            if found[1]["loads"] > loads:
+                return found[1]
+            time.sleep(0.02)
     raise StartError("the proxy did not switch; its log says why")
 
 

@@ -45,6 +45,7 @@ import tracemalloc
 import warnings
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -6598,8 +6599,9 @@ DEMO = {"model": "openai/demo", "api_key": "os.environ/DEMO_KEY", "mock_response
 def run_parity(tmp_path: Path, *arguments: str, **sections: Any) -> subprocess.CompletedProcess[str]:
     """The command with the shipped config, and these sections in place of its own."""
     config = write_config(tmp_path, {**yaml.safe_load((HERE / "config.yaml").read_text()), **sections})
-    line = [sys.executable, str(MODULE), "parity", "--config", config, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=240, env=clean_environment())
+    line = [sys.executable, "-c", ALTERED.format("PROGRESS_SECONDS = 0.1"), "parity", "--config", config, *arguments]
+    environment = clean_environment(PYTHONPATH=str(HERE))
+    return subprocess.run(line, capture_output=True, text=True, timeout=240, env=environment)
 
 
 @pytest.mark.parametrize(("arguments", "count"), [((), 47), (("--model", "demo"), 36)], ids=["inside", "demo"])
@@ -6616,6 +6618,8 @@ def test_parity_finds_a_memory_that_one_mode_loses(tmp_path: Path) -> None:
     assert done.returncode == 1 and "0 differences" not in done.stdout
     (row,) = re.findall("^  memory: PyCharm .*$", done.stdout, re.MULTILINE)
     assert "DIFFERENT: provider: header x-" in row and "only in sdk" in row
+    said = Counter(re.findall(r"^(\d+) of 47 features: \d+ s$", done.stderr, re.MULTILINE))
+    assert max(said.values()) > 2, "time goes by while a mode tries a provider again that does not answer"
 
 
 def test_parity_with_an_unusable_config_is_one_clear_line(tmp_path: Path) -> None:
