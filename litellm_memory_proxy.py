@@ -7722,20 +7722,13 @@ class LoadRun:
         self.examples: dict[str, str] = {}  # kind → the first message of that kind
         self._turns = iter(range(requests))
 
-    def start(self, target: Target, threads: int) -> list[threading.Thread]:
-        """Begin, with so many requests at a time; raises RuntimeError where the system has not that many threads."""
-        number = min(self.requests, threads)
-        workers = [threading.Thread(target=self._work, args=(target,), daemon=True) for _ in range(number)]
-        for worker in workers:
-            worker.start()
-        return workers
-
     def counts(self) -> tuple[int, int]:
         """How many requests have ended, and how many of those failed."""
         failed = len(self.failed)
         return len(self.good) + failed, failed
 
-    def _work(self, target: Target) -> None:
+    def work(self, target: Target) -> None:
+        """Take turns until there are none; this is what each of the threads does."""
         connection = target.connection()  # kept alive from one request to the next
         for _ in self._turns:
             outcome = load_call(target, connection)
@@ -7784,8 +7777,10 @@ def run_load(target: Target, requests: int, threads: int) -> tuple[LoadRun, floa
     """
     run, terminal, began = LoadRun(requests), sys.stderr.isatty(), time.monotonic()
     bar = meanwhile(LOOK_SECONDS, lambda _: draw(progress_bar(run, terminal_width())))
+    workers = [threading.Thread(target=run.work, args=(target,), daemon=True) for _ in range(min(requests, threads))]
     try:
-        workers = run.start(target, threads)
+        for worker in workers:
+            worker.start()
         with bar if terminal else patience(partial(progress_text, run)):
             for worker in workers:
                 worker.join()
