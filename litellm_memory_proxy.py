@@ -2997,19 +2997,15 @@ class ClientWatch:
 
 
 class Bridge:
-    """One event loop in a thread of its own, from `start` to `stop`."""
+    """One event loop in a thread of its own, until `stop`; raises what keeps it from running."""
 
     def __init__(self, on_problem: Callable[[str], None]) -> None:
-        self._on_problem = on_problem
-        self._thread = threading.Thread(target=self._run, name="asyncio bridge", daemon=True)
-        self.loop: asyncio.AbstractEventLoop
-
-    def start(self) -> None:
-        """Start the loop; raises what keeps it from running."""
         import asyncio
 
+        self._on_problem = on_problem
         self.loop = asyncio.new_event_loop()
         self.loop.set_exception_handler(self._problem)
+        self._thread = threading.Thread(target=self._run, name="asyncio bridge", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -3757,11 +3753,10 @@ class SdkRuntime:
         self.log, self.session = log, session
         self.litellm = import_litellm(log)
         self.uncounted = uncounted_calls()
-        self.bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
         # Of LiteLLM's settings, those that a config has changed or that LiteLLM changes itself.
         self._defaults: dict[str, Any] = {name: list(getattr(self.litellm, name)) for name in CALLBACK_LISTS}
         session.install(self.litellm.llms.custom_httpx.aiohttp_transport.LiteLLMAiohttpTransport)
-        self.bridge.start()
+        self.bridge = Bridge(lambda text: log.event("WARNING", "bridge", "problem", message=text))
 
     def apply_settings(self, config: Config) -> None:
         """``litellm_settings`` as LiteLLM's server applies them, in place of those of the config before.

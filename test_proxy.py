@@ -2147,7 +2147,6 @@ class SocketPeer(NoPeer):
 def bridge() -> Iterator[proxy.Bridge]:
     problems: list[str] = []
     running = proxy.Bridge(problems.append)
-    running.start()
     yield running
     running.stop()
     assert not problems
