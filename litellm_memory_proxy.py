@@ -4078,15 +4078,10 @@ def not_for_clients(name: str) -> ProxyError:
 RESPONSE_ID = "resp_bGl0ZWxsbT"  # how LiteLLM's ids begin: "litellm:" in base64, then the deployment that has it
 
 
-def no_response(message: str) -> ProxyError:
-    """The 404 of a response that no provider keeps."""
-    return ProxyError(404, message, param="response_id")
-
-
 def refuse_unstored(response_id: str, query: Mapping[str, str]) -> None:
     """Raises ProxyError 404 for an id that LiteLLM has not made; 400 where the response is wanted as a stream."""
     if not response_id.startswith(RESPONSE_ID):
-        raise no_response(f"the response {response_id!r} does not exist")
+        raise ProxyError(404, f"the response {response_id!r} does not exist", param="response_id")
     if query.get("stream") == "true":  # OpenAI's client would find no event in a whole answer
         raise ProxyError(400, "a stored response comes whole in sdk mode, not as a stream", param="stream")
 
@@ -4160,12 +4155,6 @@ def false_answer(exchange: Exchange) -> ProxyError | None:
         return ProxyError(502, page, blame=BACKEND)
     said = provider_error(exchange.error_object)
     return stated_error(said) if said.get("message") else None
-
-
-def refuse_false_answer(exchange: Exchange) -> None:
-    """Raises what `false_answer` finds."""
-    if error := false_answer(exchange):
-        raise error
 
 
 def refuse_no_stream(exchange: Exchange) -> None:
@@ -4808,7 +4797,8 @@ class Opening:
             self._wait()
 
     def _go(self) -> None:
-        refuse_false_answer(self._exchange)
+        if error := false_answer(self._exchange):
+            raise error
         self.close()
         self.over = True
         head = Response(200, [*self._fields, *provider_headers(self._exchange)], self._channel)
@@ -5057,7 +5047,8 @@ class SdkBackend:
         opening = Opening(channel, exchange, NDJSON_HEADERS if dialect == OLLAMA else SSE_HEADERS)
         try:
             result = await self._call(endpoint, params, headers, exchange)
-            refuse_false_answer(exchange)
+            if false := false_answer(exchange):
+                raise false
             if params.get("stream") is not True or endpoint.frames is None:
                 tally.add(result.get("usage") if isinstance(result, dict) else getattr(result, "usage", None))
                 tally.known_cost = hidden_params(result).get("response_cost")  # mostly known by now: pricing takes time
@@ -5141,7 +5132,7 @@ class SdkBackend:
         if exchange.stand_in and not exchange.sent:  # it looks for the conversation in its server's database
             return lost_conversation(exchange.stand_in)
         if not (model or exchange.sent):  # a response by its id, made out of a chat, such as Claude's
-            return no_response(f"this response is kept nowhere: {plain_message(error)}")
+            return ProxyError(404, f"this response is kept nowhere: {plain_message(error)}", param="response_id")
         self._log.event("ERROR", "sdk", "unexpected", error=type(error).__name__, message=plain_message(error))
         if exchange.sent:
             return ProxyError(500, f"LiteLLM failed on the answer of {model}: {plain_message(error)}", blame=BACKEND)
