@@ -3668,6 +3668,10 @@ async def count_nothing(**_: Any) -> None:
     """Stands for the Router's count of requests and tokens, where no limit needs it."""
 
 
+# Function → the module that LiteLLM imports with its first stream.
+STREAM_MODULES = {"aanthropic_messages": "litellm.proxy.pass_through_endpoints.streaming_handler"}
+
+
 async def import_aside(module: str) -> None:
     """Import a module of LiteLLM's in a thread, once: the loop, and with it every other client, would wait for it."""
     import asyncio
@@ -4086,14 +4090,17 @@ def refuse_unstored(response_id: str, query: Mapping[str, str]) -> None:
         raise ProxyError(400, "a stored response comes whole in sdk mode, not as a stream", param="stream")
 
 
-# What stands for the conversation so far → the code of the error at which clients send all of it.
-STAND_INS = {"thread": "thread_unsupported_request", "previous_response_id": "previous_response_not_found"}
+# Function → the field that stands for the conversation so far, and the error code at which clients send all of it.
+STAND_INS = {
+    "aanthropic_messages": ("thread", "thread_unsupported_request"),
+    "aresponses": ("previous_response_id", "previous_response_not_found"),
+}
 
 
 def lost_conversation(stand_in: str) -> ProxyError:
     """The 400 in place of an answer to a client's last words: LiteLLM leaves out what a provider does not know."""
     message = f"{stand_in!r} does not reach this model: send the whole conversation"
-    return ProxyError(400, message, param=stand_in, code=STAND_INS[stand_in])
+    return ProxyError(400, message, param=stand_in, code=dict(STAND_INS.values())[stand_in])
 
 
 # Client headers that reach the provider: LiteLLM's server forwards the same ones.
@@ -4679,8 +4686,6 @@ class Endpoint:
         frames: turns LiteLLM's stream into server-sent events, or Ollama's lines; None: there are no streams.
         read: makes the parameters out of the request's body.
         write: makes content type and body out of LiteLLM's result and the model's name for the client.
-        imports: a module that LiteLLM imports with the first stream of this row.
-        stand_in: the field of the body that stands for the conversation so far.
     """
 
     function: str
@@ -4688,31 +4693,13 @@ class Endpoint:
     frames: Callable[[Any, str, Tally], AsyncIterator[bytes]] | None = None
     read: Callable[[Request], dict[str, Any]] = parse_json_object
     write: Callable[[Any, str], tuple[str, bytes]] = whole_answer
-    imports: str = ""
-    stand_in: str = ""
 
 
 ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
     "/chat/completions": {"POST": Endpoint("acompletion", {"messages": list}, chat_frames)},
-    "/messages": {
-        "POST": Endpoint(
-            "aanthropic_messages",
-            {"messages": list, "max_tokens": int},
-            message_frames,
-            imports="litellm.proxy.pass_through_endpoints.streaming_handler",
-            stand_in="thread",
-        )
-    },
+    "/messages": {"POST": Endpoint("aanthropic_messages", {"messages": list, "max_tokens": int}, message_frames)},
     "/messages/count_tokens": {"POST": Endpoint("count_tokens", {"messages": list}, write=count_answer)},
-    "/responses": {
-        "POST": Endpoint(
-            "aresponses",
-            {"input": (str, list)},
-            response_frames,
-            read=response_params,
-            stand_in="previous_response_id",
-        )
-    },
+    "/responses": {"POST": Endpoint("aresponses", {"input": (str, list)}, response_frames, read=response_params)},
     "/responses/": {  # and a response's id
         "GET": Endpoint("aget_responses", {"response_id": str}),
         "DELETE": Endpoint("adelete_responses", {"response_id": str}),
@@ -4953,7 +4940,13 @@ class SdkBackend:
         if self._litellm.cache is not None:  # a cached answer has been written with a memory: it is that memory's own
             params["cache"] = {**(params.get("cache") or {}), "namespace": route.user_id}
         headers = upstream_headers(request, route, self._config.mappings)
-        produce = partial(self._produce, endpoint, params, headers, request.dialect, tally)
+        stand_in, _code = STAND_INS.get(endpoint.function, ("", ""))
+        exchange = Exchange(betas=headers.get("anthropic-beta", ""), stand_in=stand_in if params.get(stand_in) else "")
+        if endpoint.frames:
+            params["headers"] = headers
+        else:  # LiteLLM sends them on none of these routes, or not to all providers: there the session has to
+            exchange.headers_to_add = headers
+        produce = partial(self._produce, endpoint, params, exchange, request.dialect, tally)
         call = self._bridge.call(produce, request.peer)
         try:
             response: Response = call.first()
@@ -5032,21 +5025,19 @@ class SdkBackend:
         self,
         endpoint: Endpoint,
         params: dict[str, Any],
-        headers: dict[str, str],
+        exchange: Exchange,
         dialect: str,
         tally: Tally,
         channel: Channel,
     ) -> Response | None:
         """Call LiteLLM; returns a whole answer, and puts a streamed one into the channel: its head, then its events."""
-        stand_in = endpoint.stand_in if params.get(endpoint.stand_in) else ""
-        exchange = Exchange(betas=headers.get("anthropic-beta", ""), stand_in=stand_in)
         EXCHANGE.set(exchange)
         self._runtime.uncounted.set(not self._counting)
         model = params.get("model", "")
         result: Any = None
         opening = Opening(channel, exchange, NDJSON_HEADERS if dialect == OLLAMA else SSE_HEADERS)
         try:
-            result = await self._call(endpoint, params, headers, exchange)
+            result = await self._call(endpoint, params)
             if false := false_answer(exchange):
                 raise false
             if params.get("stream") is not True or endpoint.frames is None:
@@ -5075,24 +5066,14 @@ class SdkBackend:
             empty_class(type(result))
         return None
 
-    async def _call(
-        self, endpoint: Endpoint, params: dict[str, Any], headers: dict[str, str], exchange: Exchange
-    ) -> Any:
-        """What LiteLLM answers; the client's headers go with it.
-
-        Of the routes without streams, LiteLLM sends them on none, or not to all providers: there the session has to.
-        Raises ProxyError where there is no key or no answer, and whatever LiteLLM does.
-        """
+    async def _call(self, endpoint: Endpoint, params: dict[str, Any]) -> Any:
+        """What LiteLLM answers; raises ProxyError where there is no key or no answer, and whatever LiteLLM does."""
         model = params.get("model", "")
         if not self._has_fallbacks and (keyless := self._keyless(model)):  # else another model may answer
             raise keyless
-        if endpoint.imports and params.get("stream") is True:
-            await import_aside(endpoint.imports)
+        if endpoint.function in STREAM_MODULES and params.get("stream") is True:
+            await import_aside(STREAM_MODULES[endpoint.function])
         call = getattr(self, endpoint.function, None) or getattr(self.router, endpoint.function)
-        if endpoint.frames:
-            params = {**params, "headers": headers}
-        else:
-            exchange.headers_to_add = headers
         result = await call(**params)
         if result is None:
             raise ProxyError(502, f"LiteLLM gave no answer for {model}", blame=BACKEND)
