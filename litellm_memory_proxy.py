@@ -4144,9 +4144,9 @@ def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
 
 def event_error(exchange: Exchange, error: BaseException | None = None) -> ProxyError | None:
     """The error object of a stream's event: as it came, or as OpenAI's client keeps it in the exception it raises."""
-    bodies = (getattr(cause, "body", None) for cause in causes(error)) if error else ()
-    kept = next((body for body in bodies if isinstance(body, dict) and body.get("message")), None)
-    said = provider_error(exchange.error_data) or (with_cause(kept) if kept else {})
+    bodies = (getattr(cause, "body", None) for cause in causes(error))
+    kept = next((body for body in bodies if isinstance(body, dict) and body.get("message")), {})
+    said = provider_error(exchange.error_data) or with_cause(kept)
     return stated_error(said) if said else None
 
 
@@ -4337,6 +4337,7 @@ BLANK_LINE = re.compile(rb"\n\r?\n")
 MESSAGE_START = re.compile(rb"event: ?message_start\ndata:")
 MESSAGE_STOP = re.compile(rb"\nevent: ?message_stop\n")
 ERROR_EVENT = re.compile(rb"\nevent: ?error\n(?:data:)?(.*)")
+USAGE_DATA = re.compile(rb'\ndata:(.*"usage".*)')
 
 
 async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -4399,11 +4400,9 @@ def count_usage(events: bytes, tally: Tally) -> None:
     """Take the usage out of Anthropic's events: the first and the last but one have it."""
     if b'"usage"' not in events:
         return
-    for line in events.split(b"\n"):
-        if not (line.startswith(b"data:") and b'"usage"' in line):
-            continue
+    for data in USAGE_DATA.findall(events):
         with contextlib.suppress(ValueError, AttributeError):
-            document = json.loads(line[5:])
+            document = json.loads(data)
             usage = document.get("usage") or document.get("message", {}).get("usage")
             tally.add(usage if isinstance(usage, dict) else None)
 
@@ -4582,16 +4581,14 @@ def ollama_message(message: dict[str, Any], mark: str, waiting: dict[str, str]) 
     return kept
 
 
-def ollama_reply(model: str, message: dict[str, Any], done: str | None = None, tally: Tally | None = None) -> bytes:
-    """One line of Ollama's answer; ``done`` is why it is the last."""
-    usage = tally.usage() if tally else Usage()
-    ended = {
-        "done_reason": "length" if done == "length" else "stop",
-        "prompt_eval_count": usage.input_tokens or 0,
-        "eval_count": usage.output_tokens or 0,
-    }
+def ollama_reply(model: str, message: dict[str, Any], done: str = "", tally: Tally | None = None) -> bytes:
+    """One line of Ollama's answer; the last says with ``done`` why it is that, and has the usage."""
     line = {"model": model, "created_at": timestamp(), "message": {"role": "assistant", "content": "", **message}}
-    return json_line({**line, "done": done is not None, **(ended if done is not None else {})})
+    if tally is None:
+        return json_line({**line, "done": False})
+    usage = tally.usage()
+    counts = {"prompt_eval_count": usage.input_tokens or 0, "eval_count": usage.output_tokens or 0}
+    return json_line({**line, "done": True, "done_reason": "length" if done == "length" else "stop", **counts})
 
 
 def ollama_text(said: Any) -> dict[str, Any]:
