@@ -3712,8 +3712,7 @@ def litellm_attributes(litellm: Any, config: Config, log: Log) -> dict[str, Any]
             found[str(key)] = [value] if key.endswith("callbacks") and isinstance(value, str) else value
     if "request_timeout" in settings:
         found["request_timeout_explicitly_set"] = True
-    credentials = config.document.get("credential_list")
-    if credentials:
+    if credentials := config.document.get("credential_list"):
         found["credential_list"] = [litellm.types.utils.CredentialItem(**item) for item in credentials]
     return found
 
@@ -4103,13 +4102,9 @@ def lost_conversation(stand_in: str) -> ProxyError:
     return ProxyError(400, message, param=stand_in, code=dict(STAND_INS.values())[stand_in])
 
 
-# Client headers that reach the provider: LiteLLM's server forwards the same ones.
+# Client headers that reach the provider, but for credentials: LiteLLM's server forwards the same ones.
+FORWARDED = re.compile("anthropic-beta$|x-(?!stainless)")
 CREDENTIAL_HEADERS = frozenset("x-api-key x-goog-api-key x-litellm-api-key x-mcp-auth".split())
-
-
-def forwarded_to_provider(name: str) -> bool:
-    """Whether a client's header of this (lower-case) name reaches the provider."""
-    return name == "anthropic-beta" or (name.startswith("x-") and not name.startswith("x-stainless"))
 
 
 def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict[str, str]:
@@ -4118,7 +4113,7 @@ def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict
     kept = {
         name.lower(): request.headers.get(name.lower())
         for name, value in request.headers.end_to_end(dropped)
-        if value.isascii() and forwarded_to_provider(name.lower())  # httpx sends nothing else than ASCII
+        if value.isascii() and FORWARDED.match(name.lower())  # httpx sends nothing else than ASCII
     }
     return {**kept, "x-request-id": request.id, **dict(route.injected)}
 
