@@ -5791,6 +5791,7 @@ class LitellmServer:
         self.config, self._port, self._log = config, port, log
         self._copy = Path(f"{config.path}.{port}.yaml")
         self._stillborn = ""  # its last word, where it has died without ever having served
+        self._obstacle = ""  # why it cannot even be started now
         self._stopping = threading.Event()
         self._up = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -5827,7 +5828,11 @@ class LitellmServer:
 
     def down(self) -> str | None:
         """Why the server cannot be asked right now; None where it can."""
-        return None if self._up.is_set() else "the LiteLLM server is starting; try again in a few seconds"
+        if self._up.is_set():
+            return None
+        if self._obstacle:
+            return f"the LiteLLM server cannot be started: {self._obstacle}"
+        return "the LiteLLM server is starting; try again in a few seconds"
 
     def _supervise(self) -> None:
         pauses = deque(CHILD_PAUSES)
@@ -5852,8 +5857,10 @@ class LitellmServer:
 
     def _run_once(self) -> None:
         """Start the server and stay with it until it ends."""
-        if port_taken(self._port):  # who answers there would pass for the server, which moves elsewhere or dies later
-            self._last_words.append(f"port {self._port} is taken by another process")
+        # Who answers there would pass for the server, which moves elsewhere or dies later.
+        self._obstacle = f"port {self._port} is taken by another process" if port_taken(self._port) else ""
+        if self._obstacle:
+            self._last_words.append(self._obstacle)
             return
         config = save_copy(self.config, self._copy)
         arguments = [str(self._copy), "--config", config, "--host", "127.0.0.1", "--port", str(self._port)]

@@ -4891,10 +4891,12 @@ def test_who_has_the_litellm_servers_port_is_not_taken_for_it(tmp_path: Path, pr
     try:
         with pytest.raises(proxy.StartError, match=f"port {stranger.port} is taken"):
             server.wait(lambda: False)
-        assert server.down() and not server._process and not stranger.got
+        taken = f"the LiteLLM server cannot be started: port {stranger.port} is taken by another process"
+        assert server.down() == taken and not server._process and not stranger.got
         stranger.server.shutdown()
         stranger.server.server_close()
         wait_until(lambda: server._process)
+        assert server.down() == "the LiteLLM server is starting; try again in a few seconds"
     finally:
         server.stop()
 
