@@ -5342,11 +5342,6 @@ class AnswerHead(NamedTuple):
     minor_version: int
     lines: str
 
-    @property
-    def final(self) -> bool:
-        """Whether no other head follows it in this exchange (RFC 9110 §15.2): a 101 ends the wait too."""
-        return self.status >= 200 or self.status == 101
-
 
 class Connection(Reader):
     """A connection to the server, for one exchange after another: send a request, read its answer.
@@ -5366,7 +5361,7 @@ class Connection(Reader):
     def begin(self, peer: Peer, timeout: float) -> None:
         """An exchange begins, under watch of the client; the server may be silent for ``timeout`` seconds."""
         self._peer, self._timeout = peer, timeout
-        self.peek: AnswerHead | None = None  # a head that was read before its turn
+        self.final: AnswerHead | None = None  # the head of the answer, once it was read
         self._begun = self._answered = False
         self._sent_at = 0.0
         self._poll: select.poll | None = None  # made once there is something to wait for
@@ -5416,9 +5411,12 @@ class Connection(Reader):
         while left:
             if self._begun and self._wait(select.POLLOUT | self._early) & ~select.POLLOUT:
                 self._sent_at = time.monotonic()
-                if self._interim_only():
-                    continue
-                return False
+                self.hear()
+                while self.buffer and not self.final:
+                    self.hear()
+                if self.final:
+                    return False
+                continue
             self._begun = True  # an unused connection takes the first bytes without being asked
             try:
                 left = left[self.sock.send(left[:RECEIVE_BYTES], self._flags) :]
@@ -5430,20 +5428,18 @@ class Connection(Reader):
         self._sent_at = time.monotonic()
         return True
 
-    def _interim_only(self) -> bool:
-        """Read what the server says before it has everything; True where it was interim, and is passed on."""
-        while True:
-            answer = self.answer_head()
-            if answer.final:
-                self.peek = answer
-                return False
-            if answer.status != 100:
-                self._peer.interim(answer.status, Headers.parse(answer.lines))
-            if not self.buffer:
-                return True
+    def final_head(self) -> AnswerHead:
+        """The head of the answer."""
+        while self.final is None:
+            self.hear()
+        return self.final
 
-    def answer_head(self) -> AnswerHead:
-        """The head of the next answer, interim ones included."""
+    def hear(self, *, awaits_100: bool = False) -> int:
+        """Read the server's next head, and keep it as ``final`` or pass it on; returns its status.
+
+        Args:
+            awaits_100: a 100 is passed on too; else nobody waits for it any more.
+        """
         try:
             head = self.head()
         except ProxyError as error:
@@ -5454,8 +5450,13 @@ class Connection(Reader):
         if match is None:
             said = "the LiteLLM server closed the connection" if head is None else BAD_ANSWER
             raise ProxyError(502, said, blame=BACKEND)
-        minor, status, reason, lines = match.groups()
-        return AnswerHead(int(status), reason or "", int(minor), lines)
+        minor, code, reason, lines = match.groups()
+        status = int(code)
+        if status >= 200 or status == 101:  # no other follows in this exchange (RFC 9110 §15.2)
+            self.final = AnswerHead(status, reason or "", int(minor), lines)
+        elif status != 100 or awaits_100:
+            self._peer.interim(status, Headers.parse(lines))
+        return status
 
 
 class AnswerBody:
@@ -5586,7 +5587,7 @@ class BinaryBackend:
 
     def _answer(self, connection: Connection, request: Request, sent: bool) -> Response:
         """Read the head of the answer to a request that was sent, as a whole or not; the front asks for its body."""
-        status, reason, minor, lines = self._final_head(connection, request)
+        status, reason, minor, lines = connection.final_head()
         if status == 101:
             if not upgrades(request.headers):
                 raise ProxyError(502, BAD_ANSWER)
@@ -5614,7 +5615,7 @@ class BinaryBackend:
         """Send head and form; False where the server answered before it had all of it."""
         body, framing = request.body, request.body.framing
         if framing and request.head.expects_continue:
-            if not connection.send(head) or not self._may_continue(connection, request):
+            if not connection.send(head) or not self._may_continue(connection):
                 return False
             head = b""
         if not is_large(body):
@@ -5626,29 +5627,16 @@ class BinaryBackend:
         return connection.send(head + (LAST_CHUNK if framing == CHUNKED else b""))
 
     @staticmethod
-    def _may_continue(connection: Connection, request: Request) -> bool:
+    def _may_continue(connection: Connection) -> bool:
         """Wait for the server's word on ``Expect``; False where it answers for good (RFC 9110 §10.1.1)."""
         poll = select.poll()
         poll.register(connection.sock, select.POLLIN)
         while connection.buffer or poll.poll(CONTINUE_SECONDS * 1000):
-            answer = connection.answer_head()
-            if answer.final:
-                connection.peek = answer
+            if connection.hear(awaits_100=True) == 100:
+                return True
+            if connection.final:
                 return False
-            request.peer.interim(answer.status, Headers.parse(answer.lines))
-            if answer.status == 100:
-                break
         return True
-
-    @staticmethod
-    def _final_head(connection: Connection, request: Request) -> AnswerHead:
-        """The head of the final answer; interim ones are passed on."""
-        while True:
-            answer, connection.peek = connection.peek or connection.answer_head(), None
-            if answer.final:
-                return answer
-            if answer.status != 100:  # a 100 nobody waits for any more
-                request.peer.interim(answer.status, Headers.parse(answer.lines))
 
     def _finish(self, connection: Connection, keep: bool) -> None:
         """The exchange is over; its connection is kept where the answer was whole and nothing came behind it."""
