@@ -5823,15 +5823,15 @@ class LitellmServer:
         return "the LiteLLM server is starting; try again in a few seconds"
 
     def _supervise(self) -> None:
-        pauses = deque(CHILD_PAUSES)
+        pauses = iter(CHILD_PAUSES)
         while not self._stopping.is_set():
             began = time.monotonic()
             self._run_once()
             if self._stopping.is_set():
                 return
             if time.monotonic() - began > CHILD_STABLE_SECONDS:
-                pauses = deque(CHILD_PAUSES)
-            pause = pauses.popleft() if len(pauses) > 1 else pauses[0]
+                pauses = iter(CHILD_PAUSES)
+            pause = next(pauses, CHILD_PAUSES[-1])
             self.restarts += 1
             words = [text for text in self._last_words if text]
             for text in words:
@@ -5903,15 +5903,13 @@ class LitellmServer:
         process = self._process
         if process is None:
             return
-        for signal_number, seconds in ((signal.SIGTERM, CHILD_STOP_SECONDS), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
             try:
-                os.killpg(process.pid, signal_number)
-                process.wait(seconds)
+                process.wait(CHILD_STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                continue
-            except ProcessLookupError:
-                pass
-            break
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         self._thread.join(CHILD_STOP_SECONDS)
         with contextlib.suppress(OSError):  # there is none, or the disk is read-only
             self._copy.unlink()
