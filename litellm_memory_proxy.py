@@ -6262,10 +6262,6 @@ class Record:
     lines: str = ""
     response: Response = field(init=False)
 
-    def first_byte(self) -> None:
-        """The first byte of the answer's body is there."""
-        self.ttft = time.monotonic() - self.began
-
 
 class Admission(NamedTuple):
     """What a front makes of a request's head, before it looks at a config or a body.
@@ -6276,12 +6272,9 @@ class Admission(NamedTuple):
         cors: the fields that let a welcome page read the answer.
     """
 
-    own: Callable[[Record], Response] | None = None
-    preflight: Sequence[tuple[str, str]] = ()
-    cors: Sequence[tuple[str, str]] = ()
-
-
-STRANGER = Admission()
+    own: Callable[[Record], Response] | None
+    preflight: Sequence[tuple[str, str]]
+    cors: Sequence[tuple[str, str]]
 
 
 class Application:
@@ -6308,10 +6301,11 @@ class Application:
             pass  # it was replaced this very moment
         record = Record(request, time.monotonic(), serving)
         request.id = request.head.request_id or new_request_id()
-        admission = STRANGER
+        cors: Sequence[tuple[str, str]] = ()
         self._metrics.begin()
         try:
             admission = self._admit(request.head)
+            cors = admission.cors
             response = self._serve(record, admission)
         except ProxyError as error:
             response = self._error(error, request)
@@ -6322,15 +6316,15 @@ class Application:
         except Exception as error:
             response = self._error(defect(error, request.id, self._log), request)
         record.response, record.backend = response, response.backend or record.backend
-        if admission.cors:  # LiteLLM's server has such fields too
-            replaced = {name.lower() for name, _ in admission.cors} - {"vary"}
+        if cors:  # LiteLLM's server has such fields too
+            replaced = {name.lower() for name, _ in cors} - {"vary"}
             fields = Headers.parse(response.lines()).fields
             kept = [field for field in fields if field[0].lower() not in replaced]
-            response.headers, response.passed_on = [*kept, *admission.cors], ""
+            response.headers, response.passed_on = [*kept, *cors], ""
         side = serving.primary.name if record.backend == OWN else record.backend
         response.headers += [("x-request-id", request.id), ("x-proxy-backend", side)]
         if isinstance(response.body, bytes):
-            record.first_byte()
+            record.ttft = time.monotonic() - record.began
         return record
 
     def _serve(self, record: Record, admission: Admission) -> Response:
@@ -6728,7 +6722,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for data in body:
                 if data and not begun:
                     begun = True
-                    record.first_byte()
+                    record.ttft = time.monotonic() - record.began
                 peer.write(head, data)
                 head = b""
             self.connection.sendall(head + (LAST_CHUNK if peer.chunked else b""))
