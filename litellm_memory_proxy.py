@@ -4332,7 +4332,6 @@ BLANK_LINE = re.compile(rb"\n\r?\n")
 MESSAGE_START = re.compile(rb"event: ?message_start\ndata:")
 MESSAGE_STOP = re.compile(rb"\nevent: ?message_stop\n")
 ERROR_EVENT = re.compile(rb"\nevent: ?error\n(?:data:)?(.*)")
-USAGE_DATA = re.compile(rb'\ndata:(.*"usage".*)')
 
 
 async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
@@ -4395,9 +4394,11 @@ def count_usage(events: bytes, tally: Tally) -> None:
     """Take the usage out of Anthropic's events: the first and the last but one have it."""
     if b'"usage"' not in events:
         return
-    for data in USAGE_DATA.findall(events):
+    for line in events.split(b"\n"):
+        if not (line.startswith(b"data:") and b'"usage"' in line):
+            continue
         with contextlib.suppress(ValueError, AttributeError):
-            document = json.loads(data)
+            document = json.loads(line[5:])
             usage = document.get("usage") or document.get("message", {}).get("usage")
             tally.add(usage if isinstance(usage, dict) else None)
 
