@@ -301,6 +301,9 @@ CONNECTION_STATUS = {
     **dict.fromkeys(("TransportError", "ClientError", "ConnectionError", "gaierror", "SSLError"), 502),
 }
 
+# What botocore (`bedrock/`) and google-auth (`vertex_ai/`) raise where nobody has logged in on this machine → status.
+LOGIN_STATUS = {"NoCredentialsError": 401, "DefaultCredentialsError": 401}
+
 
 # Whose doing an error is. UNSURE: nothing was sent yet; had another backend an answer, it was this one's. RESTING:
 # nobody's right now; nothing was sent, since LiteLLM's Router has all deployments of the name in cooldown.
@@ -384,7 +387,12 @@ def class_status(error: BaseException, table: Mapping[str, int]) -> int | None:
 
 def connection_status(error: BaseException | None) -> int | None:
     """502 or 504 where a broken connection stands in the exception's chain of causes, else None."""
-    statuses = (class_status(cause, CONNECTION_STATUS) for cause in causes(error))
+    return cause_status(error, CONNECTION_STATUS)
+
+
+def cause_status(error: BaseException | None, table: Mapping[str, int]) -> int | None:
+    """The status of the first exception in the chain of causes that the table has, else None."""
+    statuses = (class_status(cause, table) for cause in causes(error))
     return next((status for status in statuses if status), None)
 
 
@@ -5085,6 +5093,8 @@ class SdkBackend:
             return ended_early() if silent else error
         if not exchange.sent and (keyless := self._keyless(model)):
             return keyless
+        if not exchange.sent and (status := cause_status(error, LOGIN_STATUS)):
+            return ProxyError(status, f"the model {model!r} has no credentials: {plain_message(error)}")
         if exchange.status >= 400:
             return provider_failure(exchange, error)
         if broken := connection_status(exchange.fault or error):

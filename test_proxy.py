@@ -2666,6 +2666,17 @@ def test_a_model_without_its_key_is_a_401_that_names_the_variable(
     assert sdk.chat("half").status_code == 200  # another deployment of its name has one
 
 
+def test_a_cloud_where_nobody_has_logged_in_is_a_missing_key_in_every_dialect(tmp_path: Path) -> None:
+    pytest.importorskip("botocore", reason="LiteLLM reaches Bedrock with botocore")
+    bedrock = {"model": "bedrock/anthropic.claude-3-5-sonnet-20240620-v1:0", "aws_region_name": "us-east-1"}
+    config = {"model_list": [{"model_name": "cloud", "litellm_params": bedrock}]}
+    running = Proxy(config, HOME=str(tmp_path), AWS_EC2_METADATA_DISABLED="true")
+    for answer in (running.chat("cloud"), running.messages("cloud"), running.messages("cloud", stream=True)):
+        assert answer.status_code == 401, answer.text
+        assert "'cloud' has no credentials: " in answer.text and "nable to locate credentials" in answer.text
+    assert running.stop() == 0
+
+
 def test_several_deployments_wildcards_and_fallbacks(sdk: Proxy, provider: Provider) -> None:
     for _ in range(30):
         assert sdk.chat("twice").status_code == 200
