@@ -2826,8 +2826,13 @@ def sse_error(error: ProxyError, dialect: str) -> bytes:
     body = error.body(dialect)
     if dialect == OLLAMA:
         return json_line(body)
-    if dialect == RESPONSES:  # as it is documented, and as OpenAI's clients look for it
-        body = {**body["error"], **body, "type": "error"}
+    if dialect == RESPONSES:  # OpenAI ends in both: its clients raise the first, and Codex knows the second alone
+        said = body["error"]
+        cause = {"code": said["code"] or "server_error", "message": error.message}
+        failed = {"object": "response", "status": "failed", "error": cause, "output": []}
+        events: list[dict[str, Any]] = [{**said, **body, "type": "error"}]
+        events.append({"type": "response.failed", "response": failed})
+        return b"".join(sse_event(json.dumps(event), event["type"]) for event in events)
     return sse_event(json.dumps(body), None if dialect == OPENAI else "error")
 
 

@@ -2527,6 +2527,18 @@ def test_an_error_in_mid_stream_becomes_an_error_event(sdk: Proxy, provider: Pro
     assert (event == "error") == path.endswith("messages")
 
 
+def test_a_response_that_fails_in_mid_stream_ends_as_openai_ends_it(sdk: Proxy, provider: Provider) -> None:
+    """Its clients raise the error event; Codex looks for the code of a failed response, and for no error event."""
+    said = {"code": "context_length_exceeded", "message": "too long"}
+    failed = {"id": "resp_1", "object": "response", "created_at": 1, "model": "up", "output": [], "status": "failed"}
+    end = sse({"type": "response.failed", "sequence_number": 9, "response": {**failed, "error": said}})
+    provider.script = lambda _got: Reply(parts=[*responses_stream("hello")[:4], end], headers=SSE)
+    events = events_of(sdk.post(RESPONSES, body_for(RESPONSES, "gpt", stream=True)))[-2:]
+    error, failure = (json.loads(data) for _, data in events)
+    assert [event for event, _ in events] == [error["type"], failure["type"]] == ["error", "response.failed"]
+    assert said.items() <= error.items() and failure["response"]["error"] == said
+
+
 STATUSES = [400, 401, 403, 404, 422, 429, 500, 502, 503]
 
 
@@ -4164,7 +4176,7 @@ def test_an_error_event_reaches_every_dialect_in_the_providers_words(provider: P
             body = {"prompt": "hello"} if path == "/v1/completions" else body_for(path, name)
             answer = running.post(path, {**body, "model": name, "stream": True})
             assert answer.status_code == 200, answer.text
-            last = json.loads(events_of(answer)[-1][1])
+            last = json.loads(events_of(answer)[-2 if path == RESPONSES else -1][1])
             assert (last["error"]["type"], last["error"]["message"]) == tuple(said.values()), (path, name, answer.text)
     assert running.stop() == 0
 
