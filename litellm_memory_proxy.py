@@ -4253,7 +4253,7 @@ def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
     if isinstance(result, str):
         return "text/plain; charset=utf-8", result.encode()
     if not isinstance(result, dict):
-        named = model and getattr(result, "model", None)
+        named = model and hasattr(result, "model")
         copy = result.model_copy(update={"model": model}) if named else result
         # OpenAI's schema demands the nulls of a response, and some of a chat's.
         bare = getattr(result, "object", None) != "response"

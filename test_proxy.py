@@ -2527,6 +2527,12 @@ def test_an_error_in_mid_stream_becomes_an_error_event(sdk: Proxy, provider: Pro
     assert (event == "error") == path.endswith("messages")
 
 
+def test_an_answer_without_a_model_gets_the_clients_name_for_it(sdk: Proxy, provider: Provider) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}
+    provider.script = lambda _got: Reply(json.dumps({"choices": [choice]}).encode())
+    assert sdk.chat("gpt").json()["model"] == "gpt"
+
+
 def test_a_response_that_fails_in_mid_stream_ends_as_openai_ends_it(sdk: Proxy, provider: Provider) -> None:
     """Its clients raise the error event; Codex looks for the code of a failed response, and for no error event."""
     said = {"code": "context_length_exceeded", "message": "too long"}
@@ -2679,7 +2685,6 @@ def test_a_model_without_its_key_is_a_401_that_names_the_variable(
 
 
 def test_a_cloud_where_nobody_has_logged_in_is_a_missing_key_in_every_dialect(tmp_path: Path) -> None:
-    pytest.importorskip("botocore", reason="LiteLLM reaches Bedrock with botocore")
     bedrock = {"model": "bedrock/anthropic.claude-3-5-sonnet-20240620-v1:0", "aws_region_name": "us-east-1"}
     config = {"model_list": [{"model_name": "cloud", "litellm_params": bedrock}]}
     running = Proxy(config, HOME=str(tmp_path), AWS_EC2_METADATA_DISABLED="true")
