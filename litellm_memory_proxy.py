@@ -6636,7 +6636,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle(self) -> None:
         """Serve requests until the connection is to be closed."""
         self.close_connection = False
-        while not self.close_connection and self.server.connections.idle(self.connection):
+        idle = self.server.connections.idle
+        while not self.close_connection and (idle(self.connection) or self._reader.buffer):
             try:
                 self.handle_one_request()
             except (ClientGone, OSError):

@@ -5630,6 +5630,19 @@ def test_a_stop_answers_clients_that_go_on_asking(provider: Provider) -> None:
         assert sum(clients) >= 8  # the others asked only once their connection had been closed as idle
 
 
+def test_a_request_that_came_in_behind_another_before_a_stop_is_answered(provider: Provider) -> None:
+    running = Proxy(config_for(provider), "--mode", "binary", "--litellm-url", provider.url)
+    provider.script = lambda _got: Reply(parts=[b"data: 1\n\n"] * 4, pause=0.5, headers=SSE)
+    both = b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n" + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with ThreadPoolExecutor() as pool:
+        answers = pool.submit(running.raw, both, 10)
+        provider.wait_for(1)
+        time.sleep(0.7)  # the head of the first answer is out: it promised to keep the connection
+        assert running.stop() == 0
+        first, _, second = answers.result().partition(b"\r\n0\r\n\r\n")
+    assert first.count(b"data: 1") == 4 and second.startswith(b"HTTP/1.1 200 ") and b"\r\nConnection: close" in second
+
+
 def test_a_request_that_follows_on_an_answer_at_a_stop_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "LAST_CALL_SECONDS", 30.0)
     connections = proxy.Connections(1)
