@@ -7303,8 +7303,10 @@ class Program:
         url = self._fronts["main"].url
         missing = self._sides.sdk.missing_keys if self._sides.sdk else config.missing_keys
         mappings = config.mappings
-        usable = next((name for name in config.model_names if name not in missing), config.model_names[0])
+        usable = [name for name in config.model_names if name not in missing] or config.model_names
+        tried = next((name for name in usable if "*" not in name), usable[0].replace("*", "NAME"))
         token = "$LITELLM_MASTER_KEY" if config.master_key else "anything"
+        key = f'-H "Authorization: Bearer {token}" ' if config.master_key else ""
         return [
             f"models: {', '.join(config.model_names)}",
             *(f"no key: {name} answers 401 until you set {keys}" for name, keys in missing.items()),
@@ -7316,8 +7318,8 @@ class Program:
             f"  PyCharm AI Assistant   Settings > Tools > AI Assistant > Models > OpenAI API, URL {url}/v1",
             f"  Claude Code            ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={token} claude",
             f"  any OpenAI client      OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={token}",
-            f"try it: curl {url}/v1/chat/completions -H 'content-type: application/json' "
-            f"""-d '{{"model": "{usable}", "messages": [{{"role": "user", "content": "hello"}}]}}'""",
+            f"try it: curl {url}/v1/chat/completions -H 'content-type: application/json' {key}"
+            f"""-d '{{"model": "{tried}", "messages": [{{"role": "user", "content": "hello"}}]}}'""",
         ]
 
     def stop(self) -> None:

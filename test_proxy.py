@@ -1727,6 +1727,21 @@ def test_the_guide_tells_what_to_set_as_a_key(sdk: Proxy) -> None:
     assert proxy.Redactor()(named) == named
 
 
+@pytest.mark.parametrize(("names", "tried"), [(["gpt-*", "mine"], "mine"), (["gpt-*"], "gpt-NAME")])
+def test_what_the_guide_says_to_try_works(provider: Provider, names: list[str], tried: str) -> None:
+    models = [model(name, f"openai/{name}", f"{provider.url}/v1") for name in names]
+    keyed = {"model_list": models, "general_settings": {"master_key": "sk-master-of-the-test"}}
+    running = Proxy(keyed, "--mode", "binary", "--litellm-url", provider.url)
+    wait_until(lambda: "try it: " in running.output)
+    (line,) = (line for line in running.output.splitlines() if "try it: " in line)
+    environment = clean_environment(LITELLM_MASTER_KEY="sk-master-of-the-test")
+    command = ["sh", "-c", json.loads(line)["message"].removeprefix("try it: ")]
+    assert "hello" in subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+    assert provider.got[-1].body["model"] == tried
+    assert provider.got[-1].header("authorization") == "Bearer sk-master-of-the-test"
+    assert running.stop() == 0
+
+
 def test_redaction_takes_no_longer_for_hostile_text() -> None:
     began = time.monotonic()
     proxy.Redactor(["deep-secret-value"])("a-" * 500_000)
