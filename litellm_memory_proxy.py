@@ -1819,12 +1819,14 @@ class Tally:
             raises means None: the request is counted all the same, and those that have ended beside it.
         hidden: the client did not ask for the usage, and is not shown it.
         error_status: of the error that ended a stream whose head was out.
+        events: of a response's stream, so far.
     """
 
     price: Callable[[Mapping[str, Any]], float | None] = lambda _: None
     known_cost: float | None = None
     hidden: bool = False
     error_status: int | None = None
+    events: int = 0
     _counted: dict[str, Any] = field(default_factory=dict)
 
     def add(self, usage: Any) -> None:
@@ -2821,8 +2823,8 @@ def json_line(document: Any) -> bytes:
     return json.dumps(document).encode() + b"\n"
 
 
-def sse_error(error: ProxyError, dialect: str) -> bytes:
-    """The event that ends a stream whose head is already out; Ollama's streams are JSON lines."""
+def sse_error(error: ProxyError, dialect: str, events: int = 0) -> bytes:
+    """What ends a stream whose head, and so many events of a response, are already out; Ollama's are JSON lines."""
     body = error.body(dialect)
     if dialect == OLLAMA:
         return json_line(body)
@@ -2830,9 +2832,10 @@ def sse_error(error: ProxyError, dialect: str) -> bytes:
         said = body["error"]
         cause = {"code": said["code"] or "server_error", "message": error.message}
         failed = {"object": "response", "status": "failed", "error": cause, "output": []}
-        events: list[dict[str, Any]] = [{**said, **body, "type": "error"}]
-        events.append({"type": "response.failed", "response": failed})
-        return b"".join(sse_event(json.dumps(event), event["type"]) for event in events)
+        ends: list[dict[str, Any]] = [{**said, **body, "type": "error"}]
+        ends.append({"type": "response.failed", "response": failed})
+        numbered = [{**end, "sequence_number": number} for number, end in enumerate(ends, events)]
+        return b"".join(sse_event(json.dumps(end), end["type"]) for end in numbered)
     return sse_event(json.dumps(body), None if dialect == OPENAI else "error")
 
 
@@ -4437,6 +4440,7 @@ async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterato
         silent = silent and not kind.endswith(".delta")
         if silent and kind == "response.completed":
             refuse_no_stream(EXCHANGE.get())
+        tally.events += 1
         yield sse_event(part.model_dump_json(exclude_none=True, exclude_unset=True), kind)
 
 
@@ -5061,7 +5065,7 @@ class SdkBackend:
             if not opening.over:
                 raise failure from None
             tally.error_status = failure.status
-            await channel.put(sse_error(failure.redact(self._log.redact), dialect))
+            await channel.put(sse_error(failure.redact(self._log.redact), dialect, tally.events))
         finally:  # a stream that is left behind would keep its connection to the provider
             # Not the result: the tally outlives it, and may wait for long.
             tally.price = partial(self._price, served_model(result, model), hidden_params(result).get("model_id"))

@@ -2554,9 +2554,12 @@ def test_a_response_that_fails_in_mid_stream_ends_as_openai_ends_it(sdk: Proxy, 
     failed = {"id": "resp_1", "object": "response", "created_at": 1, "model": "up", "output": [], "status": "failed"}
     end = sse({"type": "response.failed", "sequence_number": 9, "response": {**failed, "error": said}})
     provider.script = lambda _got: Reply(parts=[*responses_stream("hello")[:4], end], headers=SSE)
-    events = events_of(sdk.post(RESPONSES, body_for(RESPONSES, "gpt", stream=True)))[-2:]
-    error, failure = (json.loads(data) for _, data in events)
-    assert [event for event, _ in events] == [error["type"], failure["type"]] == ["error", "response.failed"]
+    *before, (first, error), (second, failure) = (
+        (event, json.loads(data))
+        for event, data in events_of(sdk.post(RESPONSES, body_for(RESPONSES, "gpt", stream=True)))
+    )
+    assert [first, second] == [error["type"], failure["type"]] == ["error", "response.failed"]
+    assert [end["sequence_number"] for end in (error, failure)] == [len(before), len(before) + 1]
     assert said.items() <= error.items() and failure["response"]["error"] == said
 
 
