@@ -4441,7 +4441,7 @@ async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterato
         if silent and kind == "response.completed":
             refuse_no_stream(EXCHANGE.get())
         tally.events += 1
-        yield sse_event(part.model_dump_json(exclude_none=True, exclude_unset=True), kind)
+        yield sse_event(part.model_dump_json(exclude_none=True), kind)  # defaults too, such as summary_index
 
 
 def empty_class(made: type) -> None:

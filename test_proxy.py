@@ -2548,6 +2548,14 @@ def test_an_answer_without_a_model_gets_the_clients_name_for_it(sdk: Proxy, prov
     assert sdk.chat("gpt").json()["model"] == "gpt"
 
 
+def test_a_thought_in_a_response_says_which_it_is(sdk: Proxy, provider: Provider) -> None:
+    """OpenAI's schema demands it: without it Vercel's AI SDK shows its schema's errors for a thought of Claude's."""
+    provider.script = tool_stream
+    answer = sdk.post(RESPONSES, body_for(RESPONSES, "claude", stream=True))
+    events = [json.loads(data) for kind, data in events_of(answer) if kind == "response.reasoning_summary_text.delta"]
+    assert events and all(event["summary_index"] == 0 for event in events)
+
+
 def test_a_response_that_fails_in_mid_stream_ends_as_openai_ends_it(sdk: Proxy, provider: Provider) -> None:
     """Its clients raise the error event; Codex looks for the code of a failed response, and for no error event."""
     said = {"code": "context_length_exceeded", "message": "too long"}
