@@ -2828,15 +2828,23 @@ def sse_error(error: ProxyError, dialect: str, events: int = 0) -> bytes:
     body = error.body(dialect)
     if dialect == OLLAMA:
         return json_line(body)
-    if dialect == RESPONSES:  # OpenAI ends in both: its clients raise the first, and Codex knows the second alone
-        said = body["error"]
-        cause = {"code": said["code"] or "server_error", "message": error.message}
-        failed = {"object": "response", "status": "failed", "error": cause, "output": []}
-        ends: list[dict[str, Any]] = [{**said, **body, "type": "error"}]
-        ends.append({"type": "response.failed", "response": failed})
-        numbered = [{**end, "sequence_number": number} for number, end in enumerate(ends, events)]
-        return b"".join(sse_event(json.dumps(end), end["type"]) for end in numbered)
+    if dialect == RESPONSES:
+        return b"".join(sse_event(json.dumps(end), end["type"]) for end in response_ends(body, events))
     return sse_event(json.dumps(body), None if dialect == OPENAI else "error")
+
+
+def response_ends(body: dict[str, Any], events: int) -> list[dict[str, Any]]:
+    """The two events by which a response fails after so many others, as OpenAI's API sends them.
+
+    OpenAI's clients raise the first, Codex knows the second alone, and Vercel's AI SDK takes none without a number.
+    """
+    said = body["error"]
+    cause = {"code": said["code"] or "server_error", "message": said["message"]}
+    failed = {"object": "response", "status": "failed", "error": cause, "output": []}
+    return [
+        {**said, **body, "type": "error", "sequence_number": events},
+        {"type": "response.failed", "response": failed, "sequence_number": events + 1},
+    ]
 
 
 # ── asyncio bridge ───────────────────────────────────────────────────────────────────────────────────────────────
