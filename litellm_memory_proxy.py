@@ -427,6 +427,8 @@ def provider_error(body: bytes) -> dict[str, Any]:
     document = json_value(body)
     if isinstance(document, list) and document:  # Gemini's streams wrap it once more
         document = document[0]
+    if isinstance(document, dict) and isinstance(document.get("response"), dict):  # the event of one that has failed
+        document = document["response"]
     error = document.get("error", document) if isinstance(document, dict) else {}
     if isinstance(error, str):
         return {"message": error}
@@ -3105,7 +3107,8 @@ CHALLENGE_STATUS = (403, 429, 503)  # with a web page, or a header that says so;
 SIGNS_OF_LIFE = re.compile(rb'(?:\xef\xbb\xbf)?(?:(?::[^\r\n]*|event: ?ping|data: ?\{"type": ?"ping"[^\r\n]*)?\r?\n)*')
 OBJECT = re.compile(rb"\s*(?:[\[{]|\Z)")  # as far as it has come
 ERROR_OBJECT = re.compile(rb'[\s\[]*\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[{"]')
-ERROR_DATA = re.compile(rb"(?m)^data:(" + ERROR_OBJECT.pattern + rb".*)")
+FAILED_EVENT = re.compile(rb'\s*\{\s*"type"\s*:\s*"(?:error|response\.failed)"')  # of a response
+ERROR_DATA = re.compile(rb"(?m)^data:((?:" + ERROR_OBJECT.pattern + rb"|" + FAILED_EVENT.pattern + rb").*)")
 PROOF_COOKIE = "memory-proxy-proof"
 NO_HEADERS = Headers(())
 MAX_COOKIES = 180  # of a domain; Chrome keeps as many
@@ -4145,10 +4148,20 @@ def upstream_headers(request: Request, route: Route, mappings: Mappings) -> dict
 # Errors, as the provider has stated them: out of what the session saw, since LiteLLM blurs some and swallows others.
 
 
+# OpenAI's codes of a response that has failed, which says no status → the status of the same error elsewhere.
+CODE_STATUS = {
+    "context_length_exceeded": 400,
+    "insufficient_quota": 429,
+    "invalid_prompt": 400,
+    "rate_limit_exceeded": 429,
+}
+
+
 def stated_error(said: Mapping[str, Any]) -> ProxyError:
     """What a provider's error object says where the status was good: its code tells which one is meant, or its type."""
     code = said.get("code")
     status = next((status for status, name in ANTHROPIC_TYPES.items() if name == said.get("type")), 500)
+    status = CODE_STATUS.get(str(code), status)
     if isinstance(code, int) and 400 <= code < 600:
         status = code
     message = plain_text(str(said.get("message") or "the provider's stream failed"))
@@ -4158,7 +4171,8 @@ def stated_error(said: Mapping[str, Any]) -> ProxyError:
 def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
     """What a provider's error object says besides its message, for a `ProxyError`."""
     names = {"kind": "type", "param": "param", "code": "code"}
-    return {key: said[name] for key, name in names.items() if isinstance(said.get(name), str)}
+    texts = ((key, said.get(name)) for key, name in names.items())
+    return {key: text for key, text in texts if isinstance(text, str) and text != "error"}  # so an event calls itself
 
 
 def event_error(exchange: Exchange, error: BaseException | None = None) -> ProxyError | None:
