@@ -145,7 +145,6 @@ from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from importlib import import_module
 from importlib.util import find_spec
-from io import StringIO
 from itertools import accumulate, chain, groupby
 from logging.handlers import RotatingFileHandler
 from operator import attrgetter
@@ -427,9 +426,11 @@ def provider_error(body: bytes) -> dict[str, Any]:
     document = json_value(body)
     if isinstance(document, list) and document:  # Gemini's streams wrap it once more
         document = document[0]
-    if isinstance(document, dict) and isinstance(document.get("response"), dict):  # the event of one that has failed
-        document = document["response"]
+    if isinstance(document, dict) and document.get("type") == "response.failed":
+        document = document.get("response")
     error = document.get("error", document) if isinstance(document, dict) else {}
+    if error is document and error.get("type") == "error":  # the type of an event, and not of its error
+        error = {**error, "type": None}
     if isinstance(error, str):
         return {"message": error}
     return with_cause(error) if isinstance(error, dict) and isinstance(error.get("message"), str) else {}
@@ -771,7 +772,7 @@ def dotenv_values(config_path: str, problems: list[Problem]) -> dict[str, str]:
     for text, line in (part.original for part in parts if part.error):  # python-dotenv would not name the file
         line += text[: -len(text.lstrip())].count("\n")
         problems.append(Problem("", "is no NAME=VALUE, and is ignored", True, str(path), line))
-    values = dotenv.dotenv_values(stream=StringIO("".join(part.original.string for part in parts if not part.error)))
+    values = dotenv.dotenv_values(stream=io.StringIO("".join(part.original.string for part in parts if not part.error)))
     return {name: value for name, value in values.items() if value is not None and "\0" not in name + value}
 
 
@@ -4171,8 +4172,7 @@ def stated_error(said: Mapping[str, Any]) -> ProxyError:
 def said_fields(said: Mapping[str, Any]) -> dict[str, Any]:
     """What a provider's error object says besides its message, for a `ProxyError`."""
     names = {"kind": "type", "param": "param", "code": "code"}
-    texts = ((key, said.get(name)) for key, name in names.items())
-    return {key: text for key, text in texts if isinstance(text, str) and text != "error"}  # so an event calls itself
+    return {key: said[name] for key, name in names.items() if isinstance(said.get(name), str)}
 
 
 def event_error(exchange: Exchange, error: BaseException | None = None) -> ProxyError | None:
@@ -5070,8 +5070,8 @@ class SdkBackend:
         opening = Opening(channel, exchange, NDJSON_HEADERS if dialect == OLLAMA else SSE_HEADERS)
         try:
             result = await self._call(endpoint, params)
-            if false := false_answer(exchange):
-                raise false
+            if stated := false_answer(exchange):
+                raise stated
             if params.get("stream") is not True or endpoint.frames is None:
                 tally.add(result.get("usage") if isinstance(result, dict) else getattr(result, "usage", None))
                 tally.known_cost = hidden_params(result).get("response_cost")  # mostly known by now: pricing takes time

@@ -2557,35 +2557,35 @@ def test_a_thought_in_a_response_says_which_it_is(sdk: Proxy, provider: Provider
     assert events and all(event["summary_index"] == 0 for event in events)
 
 
-CUT_OFF = {"code": "context_length_exceeded", "message": "too long"}
+TOO_LONG = {"code": "context_length_exceeded", "message": "too long"}
+FAILED = {"id": "resp_1", "object": "response", "created_at": 1, "model": "up", "output": [], "status": "failed"}
+FAILED_ENDS = [
+    {"type": "response.failed", "sequence_number": 9, "response": {**FAILED, "error": TOO_LONG}},
+    {"type": "error", "sequence_number": 9, **TOO_LONG, "param": None},
+]
 
 
-@pytest.mark.parametrize(
-    "end",
-    [
-        {"type": "response.failed", "sequence_number": 9, "response": {"id": "resp_1", "object": "response"}},
-        {"type": "error", "sequence_number": 9, **CUT_OFF, "param": None},
-    ],
-    ids=["failed", "error"],
-)
-@pytest.mark.parametrize("begun", [True, False])
-def test_a_response_that_fails_ends_as_openai_ends_it(
-    sdk: Proxy, provider: Provider, end: dict[str, Any], begun: bool
+@pytest.mark.parametrize("end", FAILED_ENDS, ids=["failed", "error"])
+def test_a_response_that_fails_in_mid_stream_ends_as_openai_ends_it(
+    sdk: Proxy, provider: Provider, end: dict[str, Any]
 ) -> None:
     """Its clients raise the error event; Codex looks for the code of a failed response, and for no error event."""
-    if "response" in end:
-        response = {**end["response"], "created_at": 1, "model": "up", "output": [], "status": "failed"}
-        end = {**end, "response": {**response, "error": CUT_OFF}}
-    parts = [*responses_stream("hello")[:4], sse(end)] if begun else [sse(end)]
-    provider.script = lambda _got: Reply(parts=parts, headers=SSE)
+    provider.script = lambda _got: Reply(parts=[*responses_stream("hello")[:4], sse(end)], headers=SSE)
     answer = sdk.post(RESPONSES, body_for(RESPONSES, "gpt", stream=True))
-    if not begun:
-        assert answer.status_code == 400 and CUT_OFF.items() <= answer.json()["error"].items()
-        return
     *before, (first, error), (second, failure) = ((event, json.loads(data)) for event, data in events_of(answer))
     assert [first, second] == [error["type"], failure["type"]] == ["error", "response.failed"]
     assert [end["sequence_number"] for end in (error, failure)] == [len(before), len(before) + 1]
-    assert CUT_OFF.items() <= error.items() and failure["response"]["error"] == CUT_OFF
+    assert TOO_LONG.items() <= error.items() and failure["response"]["error"] == TOO_LONG
+
+
+@pytest.mark.parametrize("end", FAILED_ENDS, ids=["failed", "error"])
+def test_a_response_that_fails_at_once_has_the_status_of_its_code(
+    sdk: Proxy, provider: Provider, end: dict[str, Any]
+) -> None:
+    provider.script = lambda _got: Reply(parts=[sse(end)], headers=SSE)
+    answer = sdk.post(RESPONSES, body_for(RESPONSES, "gpt", stream=True))
+    assert answer.status_code == 400
+    assert {**TOO_LONG, "type": "invalid_request_error"}.items() <= answer.json()["error"].items()
 
 
 STATUSES = [400, 401, 403, 404, 422, 429, 500, 502, 503]
