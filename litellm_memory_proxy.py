@@ -805,6 +805,7 @@ def apply_environment(new: Config, old: Config | None = None) -> None:
     for name in (old.environment.keys() if old else set()) - new.environment.keys():
         os.environ.pop(name, None)
     os.environ.update(new.environment)
+    os.environ["LITELLM_RUST"] = "false"  # else LiteLLM may use a client of its own, past every session in Python
 
 
 class Constructor(yaml.constructor.SafeConstructor):
@@ -3614,7 +3615,6 @@ def import_litellm(log: Log) -> Any:
     """
     for name, value in LITELLM_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ.pop("LITELLM_RUST", None)  # a client of its own, past every Python session: the cookies would be lost
     try:
         import litellm
     except ImportError as error:

@@ -3462,6 +3462,15 @@ def test_a_request_that_cannot_be_read_has_one_line_in_the_log(cookies: Proxy) -
     assert not [line for line in cookies.lines if '"method": ""' in line]
 
 
+def test_litellms_client_in_rust_does_not_go_past_the_session(shared_provider: Provider, provider: Provider) -> None:
+    provider.script = gate
+    running = Proxy(cookie_config(shared_provider.url), LITELLM_RUST="true")
+    for _ in range(2):
+        assert running.post(MESSAGES, cookie_body("messages-anthropic")).status_code == 200
+        reload(running, lambda _: None)  # with the environment as it was given
+    assert running.stop() == 0
+
+
 def test_session_shows_cookies_by_name_and_never_by_value(shared_provider: Provider, provider: Provider) -> None:
     provider.script = lambda got: Reply(usual_answer(got).body, headers={"set-cookie": "visible=secret-cookie-value"})
     config = config_for_models(model("gpt", "openai/gpt-4o-mini", f"{shared_provider.url}/v1"))
@@ -5093,7 +5102,7 @@ def test_a_web_page_in_an_answers_place_is_repeated(failing_pair: Pair, path: st
     failing_pair.second.script = usual_answer
     before = failing_pair.breaker()["failures"]
     answer = failing_pair.proxy.post(path, body_for(path, name, stream=stream))
-    assert (answer.status_code, answer.headers["x-proxy-backend"]) == (200, "binary")
+    assert (answer.status_code, answer.headers["x-proxy-backend"]) == (200, "binary"), answer.text
     assert failing_pair.breaker()["failures"] == before + 1
 
 
