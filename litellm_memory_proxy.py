@@ -3427,24 +3427,31 @@ def take_header_values_that_are_no_ascii() -> None:
 
 
 def watched_body() -> Callable[[Any, Exchange], Any]:
-    """The class of bodies that tell the exchange what comes in, and the fault that ends them early."""
+    """The class of bodies that tell the exchange what comes in, and the fault that ends them early.
+
+    A compressed one is unfolded here, and no more by the client above: the exchange has to read it too.
+    """
     import httpx
 
     class WatchedAnswer(httpx.AsyncByteStream, httpx.SyncByteStream):
         def __init__(self, response: httpx.Response, exchange: Exchange) -> None:
             self._response, self._stream, self._exchange = response, cast(Any, response.stream), exchange
+            self._packed: httpx.Response | None = None
+            if "content-encoding" in response.headers:
+                self._packed = httpx.Response(200, headers=response.headers, stream=self._stream)
+                del response.headers["content-encoding"]
             if isinstance(self._stream, httpx.AsyncByteStream):
                 exchange.stream = self
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
             with self._faults():
-                async for data in self._stream:
+                async for data in self._packed.aiter_bytes() if self._packed else self._stream:
                     self._exchange.hear(data)
                     yield data
 
         def __iter__(self) -> Iterator[bytes]:
             with self._faults():
-                for data in self._stream:
+                for data in self._packed.iter_bytes() if self._packed else self._stream:
                     self._exchange.hear(data)
                     yield data
 

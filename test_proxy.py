@@ -3100,6 +3100,29 @@ def test_an_error_object_may_come_in_pieces(sdk: Proxy, provider: Provider, befo
     assert (response.status_code, response.json()["error"]["message"]) == (429, "slow down")
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "name"), [*DIALECTS, (RESPONSES, "gpt"), (RESPONSES, "claude")])
+def test_an_error_object_may_be_compressed(
+    sdk: Proxy, provider: Provider, path: str, name: str, stream: bool, packed: bool
+) -> None:
+    """Whether it is: the errors are the same; nor is a usual answer another."""
+    body = next(iter(ERROR_OBJECTS))
+    coding = {"content-encoding": "gzip"} if packed else {}
+    provider.script = lambda _got: Reply(gzip.compress(body) if packed else body, 200, coding)
+    response = sdk.post(path, body_for(path, name, stream=stream))
+    assert (response.status_code, response.json()["error"]["message"]) == (429, "slow down")
+
+    def answer(got: Got) -> Reply:
+        usual = usual_answer(got)
+        whole = b"".join(usual.parts or [usual.body])
+        return Reply(gzip.compress(whole) if packed else whole, 200, {**usual.headers, **coding})
+
+    provider.script = answer
+    response = sdk.post(path, body_for(path, name, stream=stream))
+    assert response.status_code == 200 and "lo" in response.text and "content-encoding" not in response.headers
+
+
 @pytest.mark.parametrize("body", [b'{"base_resp": {"status_msg": "no such key"}}', b"no such key"])
 def test_what_is_no_stream_is_no_empty_answer(sdk: Proxy, provider: Provider, body: bytes) -> None:
     provider.script = lambda _got: Reply(body, 200)
