@@ -4206,7 +4206,7 @@ def false_answer(exchange: Exchange) -> ProxyError | None:
 
 def refuse_no_stream(exchange: Exchange) -> None:
     """Raises ProxyError 502 where something else came in place of a stream: LiteLLM makes an empty one of it."""
-    if exchange.alive and not re.search("stream|ndjson", exchange.headers.get("content-type")):
+    if exchange.alive and not re.search("(?<!octet-)stream|ndjson", exchange.headers.get("content-type")):
         said = f"{exchange.host} answered with no stream, but with {sent_text(exchange.heard)}"
         raise ProxyError(502, said, blame=PROVIDER)
 
