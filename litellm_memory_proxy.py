@@ -4405,7 +4405,7 @@ async def message_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator
         good = events[: error.start()] if error else events
         silent = silent and b'"content_block_delta"' not in good
         ended = ended or MESSAGE_STOP.search(good) is not None
-        if silent and ended:
+        if silent and (ended or error):  # the error may be LiteLLM's, about what is missing
             refuse_no_stream(EXCHANGE.get())
         count_usage(good, tally)
         if good.strip():

@@ -3127,7 +3127,7 @@ def test_an_error_object_may_be_compressed(
 @pytest.mark.parametrize("body", [b'{"base_resp": {"status_msg": "no such key"}}', b"no such key"])
 def test_what_is_no_stream_is_no_empty_answer(sdk: Proxy, provider: Provider, body: bytes, kind: str) -> None:
     provider.script = lambda _got: Reply(body, 200, {"content-type": kind})
-    rows = [(CHAT, "gpt"), (MESSAGES, "claude"), (RESPONSES, "claude")]
+    rows = [(CHAT, "gpt"), (MESSAGES, "claude"), (MESSAGES, "gpt"), (RESPONSES, "claude")]
     calls = [(path, body_for(path, name)) for path, name in rows]
     calls += [("/v1/completions", {"model": "gpt", "prompt": "hello"}), ("/api/chat", chat_body())]
     for path, asked in calls:
