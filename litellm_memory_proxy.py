@@ -3110,7 +3110,7 @@ SIGNS_OF_LIFE = re.compile(rb'(?:\xef\xbb\xbf)?(?:(?::[^\r\n]*|event: ?ping|data
 OBJECT = re.compile(rb"\s*(?:[\[{]|\Z)")  # as far as it has come
 ERROR_OBJECT = re.compile(rb'[\s\[]*\{\s*(?:"type"\s*:\s*"error"\s*,\s*)?"error"\s*:\s*[{"]')
 FAILED_EVENT = re.compile(rb'\s*\{\s*"type"\s*:\s*"(?:error|response\.failed)"')  # of a response
-ERROR_DATA = re.compile(rb"(?m)^data:((?:" + ERROR_OBJECT.pattern + rb"|" + FAILED_EVENT.pattern + rb").*)")
+ERROR_DATA = re.compile(rb"(?m)^data:((?:" + ERROR_OBJECT.pattern + rb"|" + FAILED_EVENT.pattern + rb").*\n?)")
 PROOF_COOKIE = "memory-proxy-proof"
 NO_HEADERS = Headers(())
 MAX_COOKIES = 180  # of a domain; Chrome keeps as many
@@ -3125,8 +3125,8 @@ class Exchange:
     failed; ``status``, else 0, and ``headers`` are of an answer that came, and ``body`` is its body where its status is
     an error's.
     ``alive``: some of the answer's body came; ``heard`` is its first piece behind a stream's comments and pings, with
-    what follows where it is a JSON object. ``error_data`` is an event's data that is an error object: LiteLLM blurs
-    some of them, and swallows others.
+    what follows where it is a JSON object. ``error_data`` is an event's data that is an error object, as far as it has
+    come: LiteLLM blurs some of them, and swallows others.
     ``challenged``: the host in front of the provider wants a proof that this is a browser. ``betas`` is the client's
     ``anthropic-beta``. ``headers_to_add`` go with each request that has no such header, the config's say, for routes on
     which LiteLLM sends none of a client's.
@@ -3141,7 +3141,7 @@ class Exchange:
     headers: Headers = NO_HEADERS
     alive: bool = False
     heard: bytes = b""
-    error_data: bytes = b""
+    error_data: bytes | bytearray = b""
     body: bytes = b""
     fault: Exception | None = None
     challenged: bool = False
@@ -3169,8 +3169,11 @@ class Exchange:
             self.heard = SIGNS_OF_LIFE.sub(b"", data, count=1)[:MAX_KEPT_BYTES]
         elif len(self.heard) < MAX_KEPT_BYTES and OBJECT.match(self.heard):  # no stream's event: an error, perhaps
             self.heard += data[: MAX_KEPT_BYTES - len(self.heard)]
-        if b'"error"' in data and (event := ERROR_DATA.search(data)):
-            self.error_data = event[1]
+        if self.error_data and not self.error_data.endswith(b"\n"):  # a failed response repeats what it was asked
+            line, end, _ = data.partition(b"\n")
+            self.error_data += line + end
+        elif (b'"error"' in data or b'"response.failed"' in data) and (event := ERROR_DATA.search(data)):
+            self.error_data = bytearray(event[1])
 
     async def close(self) -> None:
         """Close the connection of an answer that was not read to its end: LiteLLM leaves some of them open."""
@@ -4186,7 +4189,7 @@ def event_error(exchange: Exchange, error: BaseException | None = None) -> Proxy
     """The error object of a stream's event: as it came, or as OpenAI's client keeps it in the exception it raises."""
     bodies = (getattr(cause, "body", None) for cause in causes(error))
     kept = next((body for body in bodies if isinstance(body, dict) and body.get("message")), {})
-    said = provider_error(exchange.error_data) or with_cause(kept)
+    said = provider_error(bytes(exchange.error_data)) or with_cause(kept)
     return stated_error(said) if said else None
 
 

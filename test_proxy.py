@@ -2588,6 +2588,20 @@ def test_a_response_that_fails_at_once_has_the_status_of_its_code(
     assert {**TOO_LONG, "type": "invalid_request_error"}.items() <= answer.json()["error"].items()
 
 
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
+@pytest.mark.parametrize("first", [60, 200_000], ids=["before the error", "behind it"])
+def test_a_response_that_fails_in_pieces_keeps_the_providers_words(
+    sdk: Proxy, provider: Provider, path: str, first: int
+) -> None:
+    """It repeats the instructions and tools of its request: no read brings all of it."""
+    response = {**FAILED, "error": TOO_LONG, "instructions": "x" * 300_000}
+    event = sse({"type": "response.failed", "sequence_number": 0, "response": response})
+    provider.script = lambda _got: Reply(parts=[event[:first], event[first:]], headers=SSE, pause=0.05)
+    answer = sdk.post(path, body_for(path, "gpt", stream=True))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == TOO_LONG["message"] and TOO_LONG["code"] in answer.text
+
+
 STATUSES = [400, 401, 403, 404, 422, 429, 500, 502, 503]
 
 
