@@ -4284,9 +4284,7 @@ def filled_in(wildcard: str, target: str, model: str) -> str:
 
 
 def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
-    """LiteLLM's result as JSON, naming the model as the client does; a transcription may be plain text."""
-    if isinstance(result, str):
-        return "text/plain; charset=utf-8", result.encode()
+    """LiteLLM's result as JSON, naming the model as the client does."""
     if not isinstance(result, dict):
         named = model and hasattr(result, "model")
         copy = result.model_copy(update={"model": model}) if named else result
@@ -4307,6 +4305,12 @@ def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
 def speech_answer(result: Any, _model: str) -> tuple[str, bytes]:
     """The sound that a provider has made."""
     return result.response.headers.get("content-type") or "audio/mpeg", result.response.content
+
+
+def heard_answer(result: Any, model: str) -> tuple[str, bytes]:
+    """What was heard, as JSON; where the provider has sent a text or subtitles, as these: LiteLLM wraps them up."""
+    kind = EXCHANGE.get().headers.get("content-type")
+    return (kind, result.text.encode()) if kind.startswith("text/") else whole_answer(result, model)
 
 
 def count_answer(result: Any, _model: str) -> tuple[str, bytes]:
@@ -4752,7 +4756,7 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
     "/images/generations": {"POST": Endpoint("aimage_generation", {"prompt": str})},
     "/rerank": {"POST": Endpoint("arerank", {"query": str, "documents": list})},
     "/audio/speech": {"POST": Endpoint("aspeech", {"input": str}, write=speech_answer)},
-    "/audio/transcriptions": {"POST": Endpoint("atranscription", {"file": tuple}, read=parse_form)},
+    "/audio/transcriptions": {"POST": Endpoint("atranscription", {"file": tuple}, read=parse_form, write=heard_answer)},
     "/api/chat": {
         "POST": Endpoint("acompletion", {"messages": list}, ollama_frames, read=ollama_params, write=ollama_answer)
     },

@@ -3907,6 +3907,15 @@ def test_speech_and_transcription(sdk: Proxy, provider: Provider) -> None:
     assert got.header("x-sm-user-id") == "default-dev"
 
 
+@pytest.mark.parametrize("form", ["text", "srt", "vtt"])
+def test_a_transcription_comes_as_the_text_that_was_asked_for(sdk: Proxy, provider: Provider, form: str) -> None:
+    text, kind = "1\n00:00:00,000 --> 00:00:01,000\nhéllo\n\n", "text/plain; charset=utf-8"
+    provider.script = lambda _got: Reply(text.encode(), headers={"content-type": kind})
+    data, upload = {"model": "gpt", "response_format": form}, {"file": ("a.wav", b"sound", "audio/wav")}
+    heard = sdk.client.post("/v1/audio/transcriptions", data=data, files=upload)
+    assert (heard.status_code, heard.headers["content-type"], heard.text) == (200, kind, text)
+
+
 @pytest.mark.parametrize(
     "form",
     [
