@@ -4291,6 +4291,7 @@ def whole_answer(result: Any, model: str) -> tuple[str, bytes]:
         # OpenAI's schema demands the nulls of a response, and some of a chat's.
         bare = getattr(result, "object", None) != "response"
         answer = copy.model_dump(mode="json", exclude_none=bare, by_alias=True)
+        summarize_thoughts([] if bare else answer.get("output") or [])
         for choice in answer.get("choices") or ():
             choice.setdefault("logprobs", None)
             if "message" in choice:
@@ -4476,8 +4477,42 @@ async def response_frames(stream: Any, model: str, tally: Tally) -> AsyncIterato
         silent = silent and not kind.endswith(".delta")
         if silent and kind == "response.completed":
             refuse_no_stream(EXCHANGE.get())
-        tally.events += 1
-        yield sse_event(part.model_dump_json(exclude_none=True), kind)  # defaults too, such as summary_index
+        if kind not in THOUGHT_EVENTS:
+            part.sequence_number = tally.events
+            tally.events += 1
+            yield sse_event(part.model_dump_json(exclude_none=True), kind)  # defaults too, such as summary_index
+            continue
+        for event in openai_thoughts(part.model_dump(mode="json", exclude_none=True)):
+            event["sequence_number"] = tally.events
+            tally.events += 1
+            yield sse_event(json.dumps(event), event["type"])
+
+
+# The events of a response that may hold a thought as LiteLLM has it.
+THOUGHT_EVENTS = ("response.output_item.added", "response.completed", "response.incomplete")
+
+
+def openai_thoughts(event: dict[str, Any]) -> list[dict[str, Any]]:
+    """One of these events, and behind that of a thought which begins OpenAI's for its summary, which LiteLLM lacks."""
+    items = [event["item"]] if "item" in event else event["response"].get("output") or []
+    if not summarize_thoughts(items) or "item" not in event:
+        return [event]
+    place = {"item_id": event["item"]["id"], "output_index": event["output_index"], "summary_index": 0}
+    part = {"type": "summary_text", "text": ""}
+    return [event, {"type": "response.reasoning_summary_part.added", **place, "part": part}]
+
+
+def summarize_thoughts(items: list[dict[str, Any]]) -> bool:
+    """Have each thought among the items of a response tell its text as a summary, as OpenAI's schema demands.
+
+    LiteLLM tells it as the content of a message of the assistant's. Returns whether there was such a thought.
+    """
+    thoughts = [item for item in items if item.get("type") == "reasoning" and item.get("summary") is None]
+    for item in thoughts:
+        said = item.pop("content", None) or ()
+        item.pop("role", None)
+        item["summary"] = [{"type": "summary_text", "text": part["text"]} for part in said]
+    return bool(thoughts)
 
 
 def empty_class(made: type) -> None:

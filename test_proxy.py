@@ -2557,6 +2557,31 @@ def test_a_thought_in_a_response_says_which_it_is(sdk: Proxy, provider: Provider
     assert events and all(event["summary_index"] == 0 for event in events)
 
 
+def test_a_thought_in_a_response_is_one_that_openais_clients_can_put_together(sdk: Proxy, provider: Provider) -> None:
+    """OpenAI's for JavaScript adds each piece of a thought to a part of its summary, which has begun before."""
+    provider.script = tool_stream
+    answer = sdk.post(RESPONSES, body_for(RESPONSES, "claude", stream=True))
+    events = [json.loads(data) for _, data in events_of(answer)]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    added, begun, said = [event for event in events if event.get("output_index") == 0][:3]
+    assert added["item"]["type"] == "reasoning" and added["item"]["summary"] == []
+    place = {"item_id": added["item"]["id"], "output_index": 0, "summary_index": 0}
+    part = {"type": "summary_text", "text": ""}
+    number = begun.pop("sequence_number")
+    assert begun == {"type": "response.reasoning_summary_part.added", **place, "part": part}
+    assert said["type"] == "response.reasoning_summary_text.delta" and said["sequence_number"] == number + 1
+    thought = events[-1]["response"]["output"][0]
+    assert thought["summary"] == [{**part, "text": "hm"}] and "content" not in thought
+
+
+def test_a_thought_in_a_whole_response_has_a_summary(sdk: Proxy) -> None:
+    """OpenAI's schema demands it, and knows no content of a message in a thought."""
+    body = {**body_for(RESPONSES, "claude"), "reasoning": {"effort": "low"}}
+    thought, answer = sdk.post(RESPONSES, body).json()["output"]
+    assert thought["summary"] == [{"type": "summary_text", "text": "hm"}] and "content" not in thought
+    assert answer["content"][0]["text"] == "hello"
+
+
 TOO_LONG = {"code": "context_length_exceeded", "message": "too long"}
 FAILED = {"id": "resp_1", "object": "response", "created_at": 1, "model": "up", "output": [], "status": "failed"}
 FAILED_ENDS = [
