@@ -3702,6 +3702,26 @@ def uncounted_calls() -> ContextVar[bool]:
     return ContextVar("uncounted")
 
 
+def sign_streamed_thoughts() -> None:
+    """Have LiteLLM tell the signatures of a thought as it ends, and not with the end of the whole response alone.
+
+    Clients keep each item as it ends, and send it back with the result of a tool: Claude wants a thought signed.
+    """
+    with contextlib.suppress(ImportError, AttributeError):  # another version of LiteLLM: its streams stay as they are
+        transformation = "litellm.responses.litellm_completion_transformation"
+        stream = import_module(f"{transformation}.streaming_iterator").LiteLLMCompletionStreamingIterator
+        encode = import_module(f"{transformation}.reasoning_items").encode_thinking_blocks
+        processor = import_module("litellm.litellm_core_utils.streaming_chunk_builder_utils").ChunkProcessor
+        end = stream.create_reasoning_output_item_done_event
+
+        def signed_end(self: Any, *args: Any, **kwargs: Any) -> Any:
+            event, chunks = end(self, *args, **kwargs), self.collected_chat_completion_chunks
+            event.item.encrypted_content = encode(processor(chunks).get_combined_thinking_content(chunks) or ())
+            return event
+
+        stream.create_reasoning_output_item_done_event = signed_end
+
+
 async def count_nothing(**_: Any) -> None:
     """Stands for the Router's count of requests and tokens, where no limit needs it."""
 
@@ -3794,6 +3814,7 @@ class SdkRuntime:
         self.log, self.session = log, session
         self.litellm = import_litellm(log)
         self.uncounted = uncounted_calls()
+        sign_streamed_thoughts()
         # Of LiteLLM's settings, those that a config has changed or that LiteLLM changes itself.
         self._defaults: dict[str, Any] = {name: list(getattr(self.litellm, name)) for name in CALLBACK_LISTS}
         session.install(self.litellm.llms.custom_httpx.aiohttp_transport.LiteLLMAiohttpTransport)

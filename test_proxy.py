@@ -2582,6 +2582,19 @@ def test_a_thought_in_a_whole_response_has_a_summary(sdk: Proxy) -> None:
     assert answer["content"][0]["text"] == "hello"
 
 
+def test_a_thought_that_a_client_keeps_as_it_ends_comes_back_signed(sdk: Proxy, provider: Provider) -> None:
+    """As LangChain keeps it: Claude answers 400 where the thought before a tool's result is missing or not signed."""
+    provider.script = tool_stream
+    body = {**body_for(RESPONSES, "claude", stream=True), "reasoning": {"effort": "low"}}
+    answer = sdk.post(RESPONSES, body)
+    items = [json.loads(data)["item"] for kind, data in events_of(answer) if kind == "response.output_item.done"]
+    result = {"type": "function_call_output", "call_id": items[-1]["call_id"], "output": "sunny"}
+    provider.script = usual_answer
+    sdk.post(RESPONSES, {**body, "input": [{"role": "user", "content": "weather?"}, *items, result]})
+    thought, use = provider.got[-1].body["messages"][1]["content"]
+    assert thought == {"type": "thinking", "thinking": "hm", "signature": "c2ln"} and use["type"] == "tool_use"
+
+
 TOO_LONG = {"code": "context_length_exceeded", "message": "too long"}
 FAILED = {"id": "resp_1", "object": "response", "created_at": 1, "model": "up", "output": [], "status": "failed"}
 FAILED_ENDS = [
