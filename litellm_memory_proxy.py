@@ -4354,8 +4354,7 @@ async def chat_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[by
 async def text_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[bytes]:
     """The same for a text completion.
 
-    OpenAI's last chunk has an empty text, and LiteLLM's has none, but a usage of zeros where the provider states none.
-    Out of its cache LiteLLM takes the chunks of a chat.
+    OpenAI's last chunk has an empty text, and LiteLLM's has none. Out of its cache LiteLLM takes the chunks of a chat.
     """
 
     async def mended() -> AsyncIterator[Any]:
@@ -4364,8 +4363,6 @@ async def text_frames(stream: Any, model: str, tally: Tally) -> AsyncIterator[by
             for choice in part.choices:
                 delta = getattr(choice, "delta", None)
                 choice.text = (delta.content if delta else choice.text) or ""
-            if not getattr(getattr(part, "usage", None), "total_tokens", None):
-                part.usage = None
             yield part
 
     async for data in chat_frames(mended(), model, tally):
@@ -4398,7 +4395,11 @@ def says_something(choice: Any) -> bool:
 
 def is_bare(part: Any) -> bool:
     """Whether a chunk says nothing but the usage."""
-    return not any(choice.finish_reason or choice.delta.model_dump(exclude_none=True) for choice in part.choices)
+    for choice in part.choices:
+        delta = getattr(choice, "delta", None)
+        if choice.finish_reason or (delta.model_dump(exclude_none=True) if delta else choice.text):
+            return False
+    return True
 
 
 # Anthropic's events by their lines; some hosts leave out the space behind the colon.
@@ -5078,13 +5079,13 @@ class SdkBackend:
 
     @staticmethod
     def _ask_for_usage(endpoint: Endpoint, params: dict[str, Any]) -> bool:
-        """Have a chat stream end with its usage, as LiteLLM's server does; whether the client did not want it.
+        """Have a stream of completions end with its usage, as LiteLLM's server does; whether the client wanted none.
 
         LiteLLM keeps it from providers that do not know ``stream_options``, and counts by itself there.
         """
         wanted = params.get("stream_options") or {}
-        streams_chat = endpoint.function == "acompletion" and params.get("stream") is True
-        if not streams_chat or wanted.get("include_usage") is True:
+        streams = endpoint.function in ("acompletion", "atext_completion") and params.get("stream") is True
+        if not streams or wanted.get("include_usage") is True:
             return False
         params["stream_options"] = {**wanted, "include_usage": True}
         return True

@@ -3858,12 +3858,34 @@ def test_a_wildcards_models_have_their_price(provider: Provider, stream: bool) -
     assert running.stop() == 0
 
 
-def test_a_streamed_text_completion_without_a_usage_has_none(sdk: Proxy, provider: Provider) -> None:
+def test_a_streamed_text_completion_whose_provider_states_no_usage_is_counted(sdk: Proxy, provider: Provider) -> None:
     provider.script = lambda _got: Reply(parts=[openai_chunk({"content": "hi"}), openai_chunk({}, "stop")], headers=SSE)
     response = sdk.post("/v1/completions", {"model": "gpt", "prompt": "hello", "stream": True})
     said = log_line(sdk, response.headers["x-request-id"])
-    assert (said.get("tokens"), said.get("input_tokens"), said.get("cost_usd")) == (None, None, None)
+    assert said["tokens"] > 1 and said["cost_usd"] > 0
     assert '"text":"hi"' in response.text and "usage" not in response.text
+
+
+def text_stream(got: Got) -> Reply:
+    """As OpenAI streams a text completion: the usage comes alone, to those who ask for it."""
+    chunk = {key: value for key, value in TEXT.items() if key != "usage"}
+    usage = [sse({**chunk, "choices": [], "usage": USAGE})] if got.body.get("stream_options") else []
+    return Reply(parts=[sse(chunk), *usage, b"data: [DONE]\n\n"], headers=SSE)
+
+
+@pytest.mark.parametrize("target", ["openai/gpt-4o-mini", "text-completion-openai/gpt-3.5-turbo-instruct"])
+def test_a_streamed_text_completion_is_counted(provider: Provider, target: str) -> None:
+    running = Proxy(config_for_models(model("up", target, f"{provider.url}/v1")))
+    provider.script = text_stream if target.startswith("text") else usual_answer
+    asked = {"model": "up", "prompt": "hello", "stream": True}
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        response = running.post("/v1/completions", {**asked, **options})
+        said = log_line(running, response.headers["x-request-id"])
+        assert (said["input_tokens"], said["output_tokens"]) == (3, 2) and said["cost_usd"] > 0
+        parts = [json.loads(data) for _, data in events_of(response)[:-1]]
+        assert "".join(choice["text"] for part in parts for choice in part["choices"]) == "hello"
+        assert [part["usage"]["total_tokens"] for part in parts if part.get("usage")] == ([5] if options else [])
+    assert running.stop() == 0
 
 
 @pytest.mark.parametrize("name", ["gpt", "claude"])
