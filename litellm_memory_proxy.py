@@ -4812,6 +4812,7 @@ ENDPOINTS: Mapping[str, Mapping[str, Endpoint]] = {
     "/moderations": {"POST": Endpoint("amoderation", {"input": (str, list)})},
     "/images/generations": {"POST": Endpoint("aimage_generation", {"prompt": str})},
     "/rerank": {"POST": Endpoint("arerank", {"query": str, "documents": list})},
+    "/v2/rerank": {"POST": Endpoint("arerank", {"query": str, "documents": list})},  # Cohere's clients have it so
     "/audio/speech": {"POST": Endpoint("aspeech", {"input": str}, write=speech_answer)},
     "/audio/transcriptions": {"POST": Endpoint("atranscription", {"file": tuple}, read=parse_form, write=heard_answer)},
     "/api/chat": {

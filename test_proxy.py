@@ -3912,7 +3912,10 @@ EMBEDDED = json.dumps(embeddings({"input": "hello"})).encode()
 OTHER_ROWS = {
     "/v1/moderations": ("gpt", {"input": "hello"}, "/v1/moderations", MODERATION, "results"),
     "/v1/images/generations": ("gpt", {"prompt": "a cat"}, "/v1/images/generations", IMAGE, "data"),
-    "/v1/rerank": ("ranker", {"query": "q", "documents": ["a", "b"]}, "/v2/rerank", RANKED, "results"),
+    **dict.fromkeys(
+        ("/v1/rerank", "/v2/rerank"),
+        ("ranker", {"query": "q", "documents": ["a", "b"]}, "/v2/rerank", RANKED, "results"),
+    ),
     "/v1/embeddings": ("embedder", {"input": "hello"}, "/v1/embeddings", EMBEDDED, "data"),
     "/v1/messages/count_tokens?beta=true": (
         *("claude", {"messages": chat_body()["messages"]}, "/v1/messages/count_tokens", COUNTED, "input_tokens"),
