@@ -4228,9 +4228,15 @@ def false_answer(exchange: Exchange) -> ProxyError | None:
     return stated_error(said) if said.get("message") else None
 
 
+EVENT_FIELD = re.compile(rb"(?:data|event|id|retry)?:")
+STREAM_KIND = re.compile("ndjson|(?<!octet-)(?<!text/event-)stream")  # the other media types, such as AWS's
+
+
 def refuse_no_stream(exchange: Exchange) -> None:
     """Raises ProxyError 502 where something else came in place of a stream: LiteLLM makes an empty one of it."""
-    if exchange.alive and not re.search("(?<!octet-)stream|ndjson", exchange.headers.get("content-type")):
+    kind = exchange.headers.get("content-type")
+    events = kind.startswith("text/event-stream") and EVENT_FIELD.match(exchange.heard)
+    if exchange.alive and not (events or STREAM_KIND.search(kind)):
         said = f"{exchange.host} answered with no stream, but with {sent_text(exchange.heard)}"
         raise ProxyError(502, said, blame=PROVIDER)
 

@@ -3175,8 +3175,8 @@ def test_an_error_object_may_be_compressed(
     assert response.status_code == 200 and "lo" in response.text and "content-encoding" not in response.headers
 
 
-@pytest.mark.parametrize("kind", ["application/json", "application/octet-stream"])
-@pytest.mark.parametrize("body", [b'{"base_resp": {"status_msg": "no such key"}}', b"no such key"])
+@pytest.mark.parametrize("kind", ["application/json", "application/octet-stream", "text/event-stream"])
+@pytest.mark.parametrize("body", [b'{"base_resp": {"status_msg": "no such key"}}', b"error: no such key\n\n"])
 def test_what_is_no_stream_is_no_empty_answer(sdk: Proxy, provider: Provider, body: bytes, kind: str) -> None:
     provider.script = lambda _got: Reply(body, 200, {"content-type": kind})
     rows = [(CHAT, "gpt"), (MESSAGES, "claude"), (MESSAGES, "gpt"), (RESPONSES, "claude")]
