@@ -2803,7 +2803,7 @@ def server_url(url: str, option: str, keys: str) -> tuple[SplitResult, int]:
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    if not (BASE_URL.fullmatch(url) and parts.hostname) or parts.query or parts.fragment:
+    if not (BASE_URL.fullmatch(url) and parts.hostname) or parts.query or parts.fragment or port == 0:
         raise StartError(f"{option} must be http://HOST:PORT or https://…, not {url!r}")
     return parts, (443 if parts.scheme == "https" else 80) if port is None else port
 

@@ -7117,7 +7117,16 @@ def test_an_address_of_another_machine_is_one_clear_line_that_blames_no_port(sha
 
 @pytest.mark.parametrize(
     "url",
-    ["127.0.0.1:4000", "http://127.0.0.1:99999", "http://[::1", "http://h:abc", "ftp://h", "http://h?q", "http://h#f"],
+    [
+        "127.0.0.1:4000",
+        "http://h:99999",
+        "http://h:0",
+        "http://[::1",
+        "http://h:abc",
+        "ftp://h",
+        "http://h?q",
+        "http://h#f",
+    ],
 )
 def test_an_unusable_litellm_url_is_one_clear_line_at_once(shared_provider: Provider, url: str) -> None:
     refused = failed_start(config_for(shared_provider), "--mode", "sdk", "--litellm-url", url)
