@@ -4539,7 +4539,7 @@ def summarize_thoughts(items: list[dict[str, Any]]) -> bool:
     for item in thoughts:
         said = item.pop("content", None) or ()
         item.pop("role", None)
-        item["summary"] = [{"type": "summary_text", "text": part["text"]} for part in said]
+        item["summary"] = [{"type": "summary_text", "text": part.get("text") or ""} for part in said]
     return bool(thoughts)
 
 
