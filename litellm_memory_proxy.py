@@ -3429,32 +3429,38 @@ def take_header_values_that_are_no_ascii() -> None:
     Response.__init__ = begin_with_bytes  # type: ignore[method-assign]
 
 
-def watched_body() -> Callable[[Any, Exchange], Any]:
-    """The class of bodies that tell the exchange what comes in, and the fault that ends them early.
+def decompressed(response: httpx.Response) -> Any:
+    """A compressed body, plain, for the exchange has to read it; the client above finds no coding in the head any more.
 
-    A compressed one is unfolded here, and no more by the client above: the exchange has to read it too.
+    Yields bytes, asynchronously where the body comes so.
     """
+    import httpx
+
+    packed = httpx.Response(200, headers=response.headers, stream=response.stream)
+    del response.headers["content-encoding"]
+    return packed.aiter_bytes() if isinstance(response.stream, httpx.AsyncByteStream) else packed.iter_bytes()
+
+
+def watched_body() -> Callable[[Any, Exchange], Any]:
+    """The class of bodies that tell the exchange what comes in, and the fault that ends them early."""
     import httpx
 
     class WatchedAnswer(httpx.AsyncByteStream, httpx.SyncByteStream):
         def __init__(self, response: httpx.Response, exchange: Exchange) -> None:
             self._response, self._stream, self._exchange = response, cast(Any, response.stream), exchange
-            self._packed: httpx.Response | None = None
-            if "content-encoding" in response.headers:
-                self._packed = httpx.Response(200, headers=response.headers, stream=self._stream)
-                del response.headers["content-encoding"]
+            self._plain = decompressed(response) if "content-encoding" in response.headers else self._stream
             if isinstance(self._stream, httpx.AsyncByteStream):
                 exchange.stream = self
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
             with self._faults():
-                async for data in self._packed.aiter_bytes() if self._packed else self._stream:
+                async for data in self._plain:
                     self._exchange.hear(data)
                     yield data
 
         def __iter__(self) -> Iterator[bytes]:
             with self._faults():
-                for data in self._packed.iter_bytes() if self._packed else self._stream:
+                for data in self._plain:
                     self._exchange.hear(data)
                     yield data
 
@@ -4229,14 +4235,20 @@ def false_answer(exchange: Exchange) -> ProxyError | None:
 
 
 EVENT_FIELD = re.compile(rb"(?:data|event|id|retry)?:")
-STREAM_KIND = re.compile("ndjson|(?<!octet-)(?<!text/event-)stream")  # the other media types, such as AWS's
+STREAM_KIND = re.compile("(?<!octet-)stream|ndjson")  # of media types, such as AWS's
+
+
+def brings_a_stream(exchange: Exchange) -> bool:
+    """Whether the answer is what its media type says: a stream, and one of events if that is what it is called."""
+    kind = exchange.headers.get("content-type")
+    if kind.startswith("text/event-stream"):
+        return EVENT_FIELD.match(exchange.heard) is not None
+    return STREAM_KIND.search(kind) is not None
 
 
 def refuse_no_stream(exchange: Exchange) -> None:
     """Raises ProxyError 502 where something else came in place of a stream: LiteLLM makes an empty one of it."""
-    kind = exchange.headers.get("content-type")
-    events = kind.startswith("text/event-stream") and EVENT_FIELD.match(exchange.heard)
-    if exchange.alive and not (events or STREAM_KIND.search(kind)):
+    if exchange.alive and not brings_a_stream(exchange):
         said = f"{exchange.host} answered with no stream, but with {sent_text(exchange.heard)}"
         raise ProxyError(502, said, blame=PROVIDER)
 
@@ -4393,19 +4405,21 @@ async def chat_chunks(stream: Any, tally: Tally) -> AsyncIterator[Any]:
         refuse_no_stream(exchange)
 
 
+def pieces(choice: Any) -> dict[str, Any]:
+    """What a chunk's choice brings: the fields of its delta, or the text of a text completion."""
+    delta = getattr(choice, "delta", None)
+    text = getattr(choice, "text", None)
+    return delta.model_dump(exclude_none=True) if delta else {"text": text} if text else {}
+
+
 def says_something(choice: Any) -> bool:
     """Whether a chunk's choice has a piece of the answer: text, a call, a thought."""
-    delta = getattr(choice, "delta", None)
-    return any(delta.model_dump(exclude={"role"}).values()) if delta else bool(getattr(choice, "text", None))
+    return any(value for name, value in pieces(choice).items() if name != "role")
 
 
 def is_bare(part: Any) -> bool:
     """Whether a chunk says nothing but the usage."""
-    for choice in part.choices:
-        delta = getattr(choice, "delta", None)
-        if choice.finish_reason or (delta.model_dump(exclude_none=True) if delta else choice.text):
-            return False
-    return True
+    return not any(choice.finish_reason or pieces(choice) for choice in part.choices)
 
 
 # Anthropic's events by their lines; some hosts leave out the space behind the colon.
